@@ -1,0 +1,114 @@
+"""Builds the new modules of a stage: its cell, and for each block the fusion at its starting values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .cells import CELLS
+from .config import RegulatorConfig
+from .fusion import Fusion
+from .identity import moments, settle
+from .plan import Block, Stage
+
+
+def build_cell(config: RegulatorConfig, channels: int, dims: int) -> nn.Module:
+    """A fresh cell for maps of `channels` channels and `dims` spatial axes."""
+    if isinstance(config.cell, str):
+        return CELLS[config.cell](channels, config.kernel, dims)
+    cell = config.cell(channels)
+    if not isinstance(cell, nn.Module):
+        raise TypeError(f"cell must build an nn.Module from a channel count, got {type(cell).__name__}")
+    return cell
+
+
+def build_fusion(config: RegulatorConfig, block: Block, cell: nn.Module | None) -> Fusion:
+    """The fusion of one block, in the form that its norm allows, with the values torch's layers start from."""
+    residual = config.fusion == "residual"
+    return Fusion(
+        block.read_width,
+        block.write_width,
+        block.norm,
+        normalise=not residual and block.norm.kind != "none",
+        # Without running statistics no affine makes norm(x) the identity: there x is added instead.
+        skip=residual or block.norm.kind != "batch",
+        activation=block.activation,
+        dims=block.dims,
+        cell=cell,
+    )
+
+
+def build_stage(model: nn.Module, stage: Stage, config: RegulatorConfig) -> list[Fusion]:
+    """The fusions of a stage, one per block, the first with the stage's cell.
+
+    Each lies on the device of its block's convolution, in its dtype and its training mode. The weights
+    come from a generator of their own; the global one is left as it was.
+
+    Args:
+        model: the network, which is only read.
+        stage: the stage's plan.
+        config: the options.
+
+    Raises:
+        TypeError: a cell of the user's own breaks the cell protocol.
+    """
+    first = stage.blocks[0]
+    fusions = []
+    with private_rng(config.seed, stage.index):
+        cell = build_cell(config, first.read_width, first.dims)
+        _check_protocol(cell, first)
+        for block in stage.blocks:
+            fusion = build_fusion(config, block, cell if block is first else None)
+            _start(fusion, block, model, config.init)
+            fusions.append(fusion)
+    for block, fusion in zip(stage.blocks, fusions, strict=True):
+        weight = next(p for p in model.get_submodule(block.write).parameters() if p.dim() > 1)
+        fusion.to(device=weight.device, dtype=weight.dtype)
+        fusion.train(model.get_submodule(block.name).training)
+    return fusions
+
+
+@contextmanager
+def private_rng(seed: int | None, salt: int) -> Iterator[None]:
+    """Seeds the CPU generator for the body and puts it back. `None` takes `torch.initial_seed()`."""
+    base = torch.initial_seed() if seed is None else seed
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would seed the GPU generators as well.
+        torch.default_generator.manual_seed((base + salt) % 2**63)
+        yield
+
+
+def _start(fusion: Fusion, block: Block, model: nn.Module, init: str) -> None:
+    normalised = not isinstance(fusion.mix_norm, nn.Identity)
+    with torch.no_grad():
+        fusion.mix.weight.normal_(std=1 / math.sqrt(fusion.mix.in_channels))
+        if init == "random":
+            return
+        if fusion.skip and normalised:
+            for affine in fusion.mix_norm.parameters():
+                affine.zero_()
+        elif fusion.skip:
+            fusion.mix.weight.zero_()
+        else:
+            sources = block.sources if init == "identity" else ()
+            settle(fusion, *moments(model, sources, block.write_width))
+
+
+def _check_protocol(cell: nn.Module, block: Block) -> None:
+    x = torch.zeros(1, block.read_width, *(3,) * block.dims)
+    with torch.no_grad():
+        state = cell(x, None)
+    if not isinstance(state, tuple) or not all(isinstance(part, Tensor) for part in state) or not state:
+        raise TypeError(
+            f"a cell returns a tuple of tensors, H first, {type(cell).__name__} returned {type(state).__name__}; "
+            "see regulate.cells for the protocol"
+        )
+    if state[0].shape != x.shape:
+        raise TypeError(
+            f"a cell's hidden state has the shape of its input, {tuple(x.shape)}; {type(cell).__name__} returned "
+            f"{tuple(state[0].shape)}; use padding that keeps the grid"
+        )

@@ -1,0 +1,182 @@
+"""The recurrent cells: Eq. (1) of the paper, ConvGRU and ConvLSTM, and their gate convolution.
+
+Cell protocol, for cells of your own as well: an `nn.Module` with
+
+    forward(x, state: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]
+
+`x` is (N, C, H, W), or (N, C, D, H, W) in a 3-D network. The result is the new state, its first
+element the hidden state H of x's shape; `None` stands for a state of zeros. The block replaces the
+first element by its normalised, rectified H before the state travels on to the next block.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+State = tuple[Tensor, ...]
+
+
+class GateConv(nn.Module):
+    """`W * [X, H] + b` for several gates at once: every matrix product of a cell.
+
+    `"light"` is the paper's two steps: a grouped 1x1 convolution 2C -> C whose group i mixes X_i with
+    H_i, then a depthwise 3x3. A gate has 2C + 9C weights and C biases. `"dense"` is one full 3x3
+    convolution 2C -> C with 18C^2 weights. Gates lie one after the other on the first axis of each
+    parameter: `mix` (G*C, 2, 1, 1), `weight` (G*C, 1, 3, 3) or dense (G*C, 2C, 3, 3), `bias` (G*C,).
+
+    Args:
+        channels: C, the width of X, of H and of each gate.
+        gates: G, how many gates are computed.
+        kernel: `"light"` or `"dense"`.
+        dims: number of spatial axes, 1 to 3.
+
+    Example:
+        >>> gates = GateConv(8, gates=2)
+        >>> i, f = gates(torch.ones(1, 8, 5, 5), torch.zeros(1, 8, 5, 5))
+        >>> i.shape
+        torch.Size([1, 8, 5, 5])
+    """
+
+    mix: nn.Parameter | None
+
+    def __init__(self, channels: int, gates: int, kernel: str = "light", dims: int = 2) -> None:
+        super().__init__()
+        if kernel not in ("light", "dense"):
+            raise ValueError(f"kernel must be 'light' or 'dense', got {kernel!r}")
+        self.channels, self.gates, self.kernel, self.dims = channels, gates, kernel, dims
+        light = kernel == "light"
+        rows, taps, ones = gates * channels, (3,) * dims, (1,) * dims
+        self.mix = nn.Parameter(torch.empty(rows, 2, *ones)) if light else None
+        self.weight = nn.Parameter(torch.empty(rows, 1 if light else 2 * channels, *taps))
+        self.bias = nn.Parameter(torch.empty(rows))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights of standard deviation 1/sqrt(fan_in), biases zero. Draws from the global generator."""
+        for weight in (self.mix, self.weight):
+            if weight is not None:
+                nn.init.normal_(weight, std=1 / math.sqrt(weight[0].numel()))
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+        """Gate pre-activations.
+
+        Args:
+            x: input, (N, C, H, W).
+            h: hidden state, of x's shape.
+
+        Returns:
+            One tensor of x's shape per gate.
+        """
+        convolve = _CONVOLVE[self.dims]
+        if self.mix is None:
+            stacked = convolve(torch.cat([x, h], 1), self.weight, self.bias, padding=1)
+            return stacked.chunk(self.gates, 1)
+        from_x, from_h = self.mix.unbind(1)
+        split = [part.chunk(self.gates) for part in (from_x, from_h, self.weight, self.bias)]
+        # Gate by gate: stacked maps of G*C channels cost more to allocate than to compute.
+        return tuple(
+            convolve(x * x_mix + h * h_mix, taps, bias, padding=1, groups=self.channels)
+            for x_mix, h_mix, taps, bias in zip(*split, strict=True)
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, gates={self.gates}, kernel={self.kernel!r}"
+
+
+class ConvRNNCell(nn.Module):
+    """Eq. (1): `H = tanh(W * [X, H'] + b)`. State: `(H,)`.
+
+    Args:
+        channels: C, width of input and hidden state.
+        kernel: `"light"` or `"dense"`, see `GateConv`.
+        dims: number of spatial axes.
+
+    Example:
+        >>> cell = ConvRNNCell(8)
+        >>> (h,) = cell(torch.ones(1, 8, 5, 5), None)
+        >>> h.shape
+        torch.Size([1, 8, 5, 5])
+    """
+
+    def __init__(self, channels: int, kernel: str = "light", dims: int = 2) -> None:
+        super().__init__()
+        self.gates = GateConv(channels, 1, kernel, dims)
+
+    def forward(self, x: Tensor, state: State | None = None) -> State:
+        """One step. x: (N, C, H, W); state: `(H',)` or None for zeros. Returns `(H,)`."""
+        (h,) = state or (torch.zeros_like(x),)
+        (n,) = self.gates(x, h)
+        return (torch.tanh(n),)
+
+
+class ConvGRUCell(nn.Module):
+    """ConvGRU (Ballas et al. 2016), with Eq. (1)'s convolution. State: `(H,)`.
+
+    `r, z = sigmoid(W * [X, H'])`, `n = tanh(W * [X, r.H'])`, `H = (1 - z).H' + z.n`. The candidate n
+    convolves the reset state, so it needs a second pass: `gates` holds r and z, `candidate` n.
+
+    Args:
+        channels: C, width of input and hidden state.
+        kernel: `"light"` or `"dense"`, see `GateConv`.
+        dims: number of spatial axes.
+
+    Example:
+        >>> cell = ConvGRUCell(8)
+        >>> (h,) = cell(torch.ones(1, 8, 5, 5), None)
+        >>> h.shape
+        torch.Size([1, 8, 5, 5])
+    """
+
+    def __init__(self, channels: int, kernel: str = "light", dims: int = 2) -> None:
+        super().__init__()
+        self.gates = GateConv(channels, 2, kernel, dims)
+        self.candidate = GateConv(channels, 1, kernel, dims)
+
+    def forward(self, x: Tensor, state: State | None = None) -> State:
+        """One step. x: (N, C, H, W); state: `(H',)` or None for zeros. Returns `(H,)`."""
+        (h,) = state or (torch.zeros_like(x),)
+        r, z = (torch.sigmoid(gate) for gate in self.gates(x, h))
+        (n,) = self.candidate(x, r * h)
+        return (torch.lerp(h, torch.tanh(n), z),)
+
+
+class ConvLSTMCell(nn.Module):
+    """ConvLSTM (Shi et al. 2015) without peepholes, with Eq. (1)'s convolution. State: `(H, C)`.
+
+    `i, f, g, o = W * [X, H']`, `C = sigmoid(f).C' + sigmoid(i).tanh(g)`, `H = sigmoid(o).tanh(C)`.
+    The forget gate's bias starts at 1.
+
+    Args:
+        channels: C, width of input, hidden and cell state.
+        kernel: `"light"` or `"dense"`, see `GateConv`.
+        dims: number of spatial axes.
+
+    Example:
+        >>> cell = ConvLSTMCell(8)
+        >>> h, c = cell(torch.ones(1, 8, 5, 5), None)
+        >>> h.shape == c.shape
+        True
+    """
+
+    def __init__(self, channels: int, kernel: str = "light", dims: int = 2) -> None:
+        super().__init__()
+        self.gates = GateConv(channels, 4, kernel, dims)
+        with torch.no_grad():
+            self.gates.bias[channels : 2 * channels].fill_(1.0)
+
+    def forward(self, x: Tensor, state: State | None = None) -> State:
+        """One step. x: (N, C, H, W); state: `(H', C')` or None for zeros. Returns `(H, C)`."""
+        h, c = state or (torch.zeros_like(x), torch.zeros_like(x))
+        i, f, g, o = self.gates(x, h)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+
+
+CELLS = {"rnn": ConvRNNCell, "gru": ConvGRUCell, "lstm": ConvLSTMCell}

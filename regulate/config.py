@@ -1,0 +1,131 @@
+"""The options of a regulator, as one validated value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import nn
+
+CELL_NAMES = ("rnn", "gru", "lstm")
+CHOICES = {
+    "kernel": ("light", "dense"),
+    "fusion": ("paper", "residual"),
+    "init": ("identity", "unit", "random"),
+    "norm": ("auto", "batch", "group", "none"),
+}
+
+
+@dataclass(frozen=True)
+class RegulatorConfig:
+    """Everything that decides what a regulator is. Immutable, comparable, JSON by `to_dict`.
+
+    Args:
+        cell: `"rnn"` (paper, Eq. (1)), `"gru"` (Ballas et al. 2016), `"lstm"` (Shi et al. 2015, no
+            peepholes), or a callable `channels -> nn.Module` that follows the cell protocol
+            (see `regulate.cells`).
+        kernel: `"light"`, the paper's grouped 1x1 and depthwise 3x3, or `"dense"`, one full 3x3.
+            A callable cell brings its own kernel and ignores this.
+        fusion: `"paper"` is `act(BN(W * concat[x, h]))`, Eq. (2) and (3); `"residual"` is
+            `x + W * concat[x, h]` without norm and activation.
+        init: `"identity"` starts as the function the network was, with the fusion's statistics
+            taken from the norm before it; `"unit"` is the same with unit statistics, kept for
+            comparison; `"random"` is for training from scratch.
+        norm: `"auto"` follows the block's own norm; `"batch"`, `"group"` and `"none"` force one.
+        stages: names or 0-based indices of the stages to regulate; `None` is all of them.
+        seed: seed of the private generator for new weights; `None` takes `torch.initial_seed()`.
+
+    Raises:
+        ValueError: an option has a value that it does not take.
+        TypeError: an option has a value of the wrong type.
+
+    Example:
+        >>> RegulatorConfig(cell="gru").to_dict()["cell"]
+        'gru'
+        >>> RegulatorConfig.from_dict({"cell": "gru"}) == RegulatorConfig(cell="gru")
+        True
+    """
+
+    cell: str | Callable[[int], nn.Module] = "lstm"
+    kernel: str = "light"
+    fusion: str = "paper"
+    init: str = "identity"
+    norm: str = "auto"
+    stages: tuple[str | int, ...] | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_cell(self.cell)
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {_listed(allowed)}, got {value!r}; "
+                    f"leave it out for {allowed[0]!r}"
+                )
+        object.__setattr__(self, "stages", _checked_stages(self.stages))
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
+            raise TypeError(f"seed must be an int or None, got {self.seed!r}; pass seed=0 to fix the weights")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as JSON values.
+
+        Raises:
+            TypeError: the cell is a callable, which JSON cannot hold.
+        """
+        if not isinstance(self.cell, str):
+            raise TypeError(
+                f"a config can be written down only if its cell is one of {_listed(CELL_NAMES)}, got the "
+                f"callable {self.cell!r}; keep the code that builds it and pass it to regulate() again"
+            )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["stages"] = None if self.stages is None else list(self.stages)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RegulatorConfig:
+        """Rebuilds a config from `to_dict`'s result; missing keys take their defaults.
+
+        Raises:
+            ValueError: a key is unknown or a value is not allowed.
+            TypeError: a value has the wrong type.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"a config has the keys {_listed(known)}, found also {_listed(unknown)}; remove them")
+        return cls(**values)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _check_cell(cell: object) -> None:
+    if isinstance(cell, str):
+        if cell not in CELL_NAMES:
+            raise ValueError(
+                f"cell must be one of {_listed(CELL_NAMES)} or a callable channels -> nn.Module, got {cell!r}"
+            )
+    elif isinstance(cell, nn.Module):
+        raise TypeError(
+            "cell must be a name or a callable that builds a cell from a channel count, got a built "
+            f"{type(cell).__name__}; pass `lambda channels: {type(cell).__name__}(channels)`, since each "
+            "stage needs a cell of its own width"
+        )
+    elif not callable(cell):
+        raise TypeError(f"cell must be one of {_listed(CELL_NAMES)} or a callable, got {cell!r}")
+
+
+def _checked_stages(stages: object) -> tuple[str | int, ...] | None:
+    if stages is None:
+        return None
+    if isinstance(stages, str | int) or not isinstance(stages, Sequence):
+        raise TypeError(f"stages must be a list of names or 0-based indices, got {stages!r}; write stages=[{stages!r}]")
+    for entry in stages:
+        if isinstance(entry, bool) or not isinstance(entry, str | int):
+            raise TypeError(f"stages must hold names or 0-based indices, found {entry!r}")
+    if not stages:
+        raise ValueError("stages must name at least one stage, got none; leave it out for all stages")
+    return tuple(stages)

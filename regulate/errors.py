@@ -1,0 +1,35 @@
+"""What can go wrong, by name. Every message says the rule, what was found and the next step."""
+
+from __future__ import annotations
+
+
+class RegulateError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class NoBlocksError(RegulateError, ValueError):
+    """The model has no residual block that can carry a regulator."""
+
+
+class UnsupportedModelError(RegulateError, TypeError):
+    """The object is not a model that can be rewritten: wrapped, compiled, already a graph, no module."""
+
+
+class AlreadyRegulatedError(RegulateError, ValueError):
+    """The model carries regulators already."""
+
+
+class NotRegulatedError(RegulateError, ValueError):
+    """The model carries no regulators."""
+
+
+class UnknownStageError(RegulateError, ValueError):
+    """A stage was asked for that the model does not have."""
+
+
+class BlockCallError(RegulateError, RuntimeError):
+    """A block of a regulated stage was called by hand, without the stage that feeds its memory."""
+
+
+class CalibrationError(RegulateError, ValueError):
+    """`calibrate` was called on a network that is trained already, or without usable data."""

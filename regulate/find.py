@@ -1,0 +1,223 @@
+"""Residual blocks in a dataflow graph, by dominators. No class names, no attribute names.
+
+A *residual block* is an addition of two maps of one shape whose operands part at a tensor, their nearest
+common dominator, the *fork*. One way from the fork, the shortcut, learns next to nothing; the other, the
+branch, holds two convolutions or more. A *trunk convolution* is one that every path of the branch passes:
+it dominates the branch's end. The memory is read where the second trunk convolution is entered and fused
+in where the last one is entered.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from .trace import Shapes, Trace, is_convolution
+
+_ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_ACTIVATIONS = {
+    torch.relu, F.relu, F.relu6, F.silu, F.gelu, F.elu, F.leaky_relu, F.hardswish, F.mish, F.selu, F.celu,
+    F.softplus, torch.sigmoid, torch.tanh, "relu", "relu_", "sigmoid", "tanh",
+}  # fmt: skip
+_NEVER = 10**6
+
+
+@dataclass(frozen=True)
+class Found:
+    """One residual addition and what was seen of its block.
+
+    Args:
+        addition: the node that adds shortcut and branch.
+        before: the nearest residual addition upstream, along the shortcut, if any.
+        convolutions: every convolution of the branch, in order.
+        trunk: those that every path passes.
+        read: the convolution whose input feeds the memory.
+        write: the convolution whose input the memory is fused into.
+        reason: why the block cannot carry a regulator; empty if it can.
+    """
+
+    addition: fx.Node
+    before: fx.Node | None
+    convolutions: tuple[fx.Node, ...]
+    trunk: tuple[fx.Node, ...]
+    read: fx.Node | None = None
+    write: fx.Node | None = None
+    reason: str = ""
+
+
+def entering(node: fx.Node) -> fx.Node:
+    """The tensor that enters a module call."""
+    first = (*node.args, *node.kwargs.values())[0]
+    assert isinstance(first, fx.Node)
+    return first
+
+
+class Dataflow:
+    """Dominators over the nodes that carry data from the input; parameters and sizes do not count.
+
+    Args:
+        traced: a trace.
+        shapes: what `trace.measure` found on it.
+    """
+
+    def __init__(self, traced: Trace, shapes: Shapes) -> None:
+        self.traced, self.shapes = traced, shapes
+        self.parents: dict[fx.Node, list[fx.Node]] = {}
+        self.over: dict[fx.Node, fx.Node | None] = {}
+        self.depth: dict[fx.Node, int] = {}
+        for node in traced.graph.nodes:
+            parents = [parent for parent in node.all_input_nodes if parent in self.depth]
+            if node.op == "output" or not (parents or node.op == "placeholder") or node.name not in shapes:
+                continue
+            self.parents[node] = parents
+            over: fx.Node | None = parents[0] if parents else None
+            for parent in parents[1:]:
+                over = self.meet(over, parent)
+            self.over[node] = over
+            self.depth[node] = 0 if over is None else self.depth[over] + 1
+
+    def shape(self, node: fx.Node) -> tuple[int, ...] | None:
+        """The shape of a tensor node, None for anything else."""
+        found = self.shapes.get(node.name)
+        return found if isinstance(found, tuple) else None
+
+    def meet(self, a: fx.Node | None, b: fx.Node | None) -> fx.Node | None:
+        """The nearest common dominator of two nodes; a node counts as its own."""
+        while a is not b:
+            if a is None or b is None:
+                return None
+            if self.depth[a] >= self.depth[b]:
+                a = self.over[a]
+            else:
+                b = self.over[b]
+        return a
+
+    def chain(self, node: fx.Node | None) -> Iterator[fx.Node]:
+        """The node and its dominators, upwards."""
+        while node is not None:
+            yield node
+            node = self.over[node]
+
+    def ancestors(self, node: fx.Node, stop: fx.Node) -> set[fx.Node]:
+        """The node and everything before it, back to `stop`, which is left out."""
+        seen: set[fx.Node] = set()
+        waiting = [node]
+        while waiting:
+            at = waiting.pop()
+            if at is not stop and at not in seen:
+                seen.add(at)
+                waiting += self.parents[at]
+        return seen
+
+    def is_convolution(self, node: fx.Node) -> bool:
+        return is_convolution(self.traced.module(node))
+
+    def is_activation(self, node: fx.Node) -> bool:
+        module = self.traced.module(node)
+        if module is not None:
+            return type(module).__module__ == nn.ReLU.__module__
+        return node.target in _ACTIVATIONS
+
+    def enlarges(self, node: fx.Node) -> bool:
+        """Whether the node's grid is at least twice that of each of its inputs: upsampling."""
+        grid = (self.shape(node) or ())[2:]
+        grids = [(self.shape(parent) or ())[2:] for parent in self.parents[node]]
+        if not grid or not grids or any(len(other) != len(grid) for other in grids):
+            return False
+        return any(size >= 2 * max(other[axis] for other in grids) for axis, size in enumerate(grid))
+
+    def cost(self, node: fx.Node) -> int:
+        """What a shortcut pays to pass a node: 1 for a convolution, nothing for what learns no map."""
+        module = self.traced.module(node)
+        if is_convolution(module):
+            return 1
+        learns = module is not None and any(p.dim() > 1 for p in module.parameters())
+        return _NEVER if learns or self.enlarges(node) else 0
+
+    def cheapest(self, end: fx.Node, fork: fx.Node) -> tuple[int, list[fx.Node]]:
+        """The cheapest path from the fork to `end`: its cost and its nodes, from `end` back."""
+        best: dict[fx.Node, tuple[int, fx.Node | None]] = {fork: (0, None)}
+        way = self.ancestors(end, fork)
+        for node in self.parents:
+            if node in way:
+                known = [(best[parent][0], parent) for parent in self.parents[node] if parent in best]
+                least, parent = min(known, key=lambda pair: pair[0])
+                best[node] = (least + self.cost(node), parent)
+        path: list[fx.Node] = []
+        at: fx.Node | None = end
+        while at is not None and at is not fork:
+            path.append(at)
+            at = best[at][1]
+        return best[end][0], path
+
+
+def find(flow: Dataflow) -> list[Found]:
+    """All residual blocks of a trace, in forward order.
+
+    Args:
+        flow: the trace's dataflow.
+
+    Returns:
+        The blocks; those that cannot carry a regulator with the reason.
+    """
+    found: dict[fx.Node, Found] = {}
+    for node in list(flow.parents):
+        if node.target in _ADDITIONS and node.op in ("call_function", "call_method"):
+            block = _block(flow, node, found)
+            if block is not None:
+                found[node] = block
+    return list(found.values())
+
+
+def _block(flow: Dataflow, addition: fx.Node, found: dict[fx.Node, Found]) -> Found | None:
+    operands = addition.args[:2]
+    a, b = operands if len(operands) == 2 else (None, None)
+    if not (isinstance(a, fx.Node) and isinstance(b, fx.Node) and a in flow.parents and b in flow.parents):
+        return None
+    if flow.shape(a) is None or flow.shape(a) != flow.shape(b) or len(flow.shape(a) or ()) < 3:
+        return None
+    fork = flow.over[addition]
+    if fork is None or flow.shape(fork) is None:
+        return None
+    ways = [way for way in (_ways(flow, fork, a, b, found), _ways(flow, fork, b, a, found)) if way]
+    if not ways:
+        return None
+    _, path, branch, end = min(ways, key=lambda way: way[0])
+    upstream = next((node for node in (*path, *flow.chain(fork)) if node in found), None)
+    convolutions = tuple(node for node in flow.parents if node in branch and flow.is_convolution(node))
+    trunk = tuple(node for node in flow.chain(end) if node in branch and flow.is_convolution(node))[::-1]
+    return _points(flow, Found(addition, upstream, convolutions, trunk))
+
+
+def _ways(
+    flow: Dataflow, fork: fx.Node, shortcut: fx.Node, end: fx.Node, found: dict[fx.Node, Found]
+) -> tuple[int, list[fx.Node], set[fx.Node], fx.Node] | None:
+    """Cost and path of the shortcut, nodes and end of the branch; None if the two are not such."""
+    cost, path = flow.cheapest(shortcut, fork)
+    if cost > 2 or (cost == 2 and any(flow.is_activation(node) for node in path)):
+        return None
+    # In a dual path network the fork lies blocks above, where the dense path began: what the
+    # shortcut itself has passed is not this block's branch.
+    branch = flow.ancestors(end, fork) - flow.ancestors(shortcut, fork)
+    if any(node in found for node in branch) or any(flow.enlarges(node) for node in branch):
+        return None
+    if sum(flow.is_convolution(node) for node in branch) < 2:
+        return None
+    return cost, path, branch, end
+
+
+def _points(flow: Dataflow, block: Found) -> Found:
+    trunk = block.trunk
+    if len(trunk) >= 2:
+        read, write = trunk[1], trunk[-1]
+    elif len(trunk) == 1 and set(block.convolutions) & flow.ancestors(entering(trunk[0]), trunk[0]):
+        read = write = trunk[0]
+    else:
+        return replace(block, reason="there is no convolution that every path of the branch passes after another one")
+    return replace(block, read=read, write=write)
+

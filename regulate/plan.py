@@ -1,0 +1,171 @@
+"""What would be rewritten, in names and integers only: printable, comparable, JSON."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .fusion import Norm
+from .origin import Source
+
+WIDE = 0.5
+
+
+@dataclass(frozen=True)
+class Block:
+    """One residual block and where its regulator goes.
+
+    Args:
+        name: path of the block's module.
+        read: path of the module whose input, the map X2 of Eq. (2) and (3), feeds the cell.
+        write: path of the module whose input the hidden state is fused into.
+        read_width: channels of the map at the read point, N.
+        write_width: channels of the map at the write point, M.
+        stride: for each spatial axis, how much finer the read grid is than the write grid.
+        crop: whether the subsampled map must be cut to the write grid (poolings that round down).
+        dims: number of spatial axes.
+        activation: what the fusion applies, see `Fusion`.
+        norm: the norm of what is new.
+        sources: what is known of the statistics at the write point.
+    """
+
+    name: str
+    read: str
+    write: str
+    read_width: int
+    write_width: int
+    stride: tuple[int, ...]
+    crop: bool
+    dims: int
+    activation: str
+    norm: Norm
+    sources: tuple[Source, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A chain of blocks that share one cell.
+
+    Args:
+        name: what `stages=` calls it.
+        index: its 0-based place among all stages of the network, in forward order.
+        holder: path of the smallest module that runs all its blocks; empty for the model itself.
+        method: the holder's method that runs them.
+        blocks: the blocks, in forward order.
+        grid: spatial size at the write points for the plan's input size.
+        parameters: new parameters, those of the shared cell included.
+        macs: new multiply-adds for one image.
+    """
+
+    name: str
+    index: int
+    holder: str
+    method: str
+    blocks: tuple[Block, ...]
+    grid: tuple[int, ...]
+    parameters: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Something that is left as it is: its path, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The dry run of `regulate`.
+
+    Args:
+        model: class name of the network.
+        options: the cell, kernel, fusion and so on, as `RegulatorConfig.to_dict` writes them.
+        input_size: one image, (C, H, W).
+        stages: what is regulated.
+        skipped: what is not, with the reason.
+        base_parameters: parameters of the network without regulators.
+        base_macs: its multiply-adds for one image (convolutions and matrix products).
+    """
+
+    model: str
+    options: dict[str, Any]
+    input_size: tuple[int, ...]
+    stages: tuple[Stage, ...]
+    skipped: tuple[Skipped, ...]
+    base_parameters: int
+    base_macs: int
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """All blocks that get a regulator, in forward order."""
+        return tuple(block for stage in self.stages for block in stage.blocks)
+
+    @property
+    def parameters(self) -> int:
+        """New parameters."""
+        return sum(stage.parameters for stage in self.stages)
+
+    @property
+    def macs(self) -> int:
+        """New multiply-adds for one image."""
+        return sum(stage.macs for stage in self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON values; `from_dict` reads them back."""
+        return _listed(asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """Rebuilds a plan from `to_dict`'s result."""
+        return cls(
+            model=values["model"],
+            options=dict(values["options"]),
+            input_size=tuple(values["input_size"]),
+            stages=tuple(stage_from_dict(stage) for stage in values["stages"]),
+            skipped=tuple(Skipped(**entry) for entry in values["skipped"]),
+            base_parameters=values["base_parameters"],
+            base_macs=values["base_macs"],
+        )
+
+    def __str__(self) -> str:
+        from .report import plan_table
+
+        return plan_table(self)
+
+    def warn_if_wide(self) -> None:
+        """Warns where the regulators add more than half of the network's parameters or multiply-adds."""
+        growth = max(
+            self.parameters / max(self.base_parameters, 1), self.macs / self.base_macs if self.base_macs else 0.0
+        )
+        if growth > WIDE:
+            warnings.warn(
+                f"regulators add {growth:.0%} to {self.model}: its blocks are wide inside and cheap, while the fusion "
+                "is a full 1x1 convolution; regulate fewer stages with stages=[...], print(plan(model)) shows each one",
+                stacklevel=3,
+            )
+
+
+def stage_from_dict(values: Mapping[str, Any]) -> Stage:
+    """Rebuilds a stage from its JSON values."""
+    blocks = tuple(
+        Block(
+            **{
+                **block,
+                "stride": tuple(block["stride"]),
+                "norm": Norm(**block["norm"]),
+                "sources": tuple(Source(**source) for source in block["sources"]),
+            }
+        )
+        for block in values["blocks"]
+    )
+    return Stage(**{**values, "blocks": blocks, "grid": tuple(values["grid"])})
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _listed(entry) for key, entry in value.items()}
+    return [_listed(entry) for entry in value] if isinstance(value, tuple | list) else value

@@ -1,0 +1,255 @@
+"""torch.fx traces of a weightless copy: what runs after what, how large, and inside which module.
+
+Nothing here touches the model itself. A *skeleton* is a copy whose tensors are on the meta device, so
+that it can be traced, run for its shapes and cut up at no cost and without consequence.
+
+Which modules are opened? Only such as hold a convolution. Norms, activations, dropout, DropPath,
+pools and the like hold none and stay closed, so their `self.training` branches are never frozen and
+their odd code is never seen. A module that holds convolutions but cannot be traced is closed as well
+and remembered, and its children are traced on their own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from .errors import UnsupportedModelError
+
+Shapes = dict[str, Any]
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an opened module: its arguments and result in terms of the graph's nodes."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A module's dataflow.
+
+    Args:
+        root: the traced module (of a skeleton).
+        graph: its torch.fx graph; closed modules are `call_module` nodes.
+        calls: for each opened module, by path, its calls.
+        closed: modules that hold convolutions but could not be opened, with the reason.
+    """
+
+    root: nn.Module
+    graph: fx.Graph
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+    closed: dict[str, str] = field(default_factory=dict)
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """The module that a `call_module` node calls, else None."""
+        return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def is_convolution(module: nn.Module | None) -> bool:
+    """Whether the module is a convolution with learned weights (transposed ones included)."""
+    return isinstance(module, _ConvNd)
+
+
+def holds_convolution(module: nn.Module) -> bool:
+    """Whether there is a convolution below the module. A convolution itself does not count."""
+    return not is_convolution(module) and any(is_convolution(child) for child in module.modules())
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the model on the meta device, in eval mode, without hooks; no memory for weights.
+
+    Raises:
+        UnsupportedModelError: the model cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+            if isinstance(tensor, Tensor):
+                memo[id(tensor)] = _weightless(tensor)
+    try:
+        copied = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"regulate works on a copy of the model, but copy.deepcopy({type(model).__name__}) failed: "
+            f"{_first_line(error)}; make the model copyable, for instance by removing live handles from its attributes"
+        ) from error
+    for module in copied.modules():
+        for name in _HOOKS:
+            getattr(module, name, {}).clear()
+        if getattr(module, "grad_checkpointing", False):
+            module.grad_checkpointing = False  # type: ignore[assignment]
+    return copied.eval()
+
+
+def _weightless(tensor: Tensor) -> Tensor:
+    meta = tensor.detach().to("meta")
+    return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class _Tracer(fx.Tracer):
+    """Opens what `opens` says; each node remembers in `meta["scope"]` the opened module it ran in."""
+
+    def __init__(self, opens: Callable[[nn.Module, str], bool], method: str, exits: bool) -> None:
+        super().__init__()
+        self.opens, self.traced_func_name, self.exits = opens, method, exits
+        self.stack = [""]
+        self.calls: dict[str, list[Call]] = {}
+        self.closed: dict[str, str] = {}
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["scope"] = self.stack[-1]
+        return node
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        path = self.path_of_module(m)
+        if not self.opens(m, path):
+            return self.create_proxy("call_module", path, args, kwargs)
+        known = set(self.graph.nodes)
+        self.stack.append(path)
+        try:
+            result = forward(*args, **kwargs)
+        except Exception as error:
+            # What cannot be opened stays closed: unwind its half-made nodes and call it as a whole.
+            for node in reversed([node for node in self.graph.nodes if node not in known]):
+                self.graph.erase_node(node)
+            self.closed[path] = _first_line(error)
+            self.calls = {name: made for name, made in self.calls.items() if not _inside(name, path)}
+            self.stack.pop()
+            return self.create_proxy("call_module", path, args, kwargs)
+        self.stack.pop()
+        made = Call(*_nodes((args, kwargs, result)))
+        self.calls.setdefault(path, []).append(made)
+        return self._exit(path, args, kwargs, result) if self.exits else result
+
+    def _exit(self, path: str, args: Any, kwargs: Any, result: Any) -> Any:
+        """Calls the opened module with its true input and its finished result, so that its hooks see both."""
+        passed = self.create_proxy("call_module", path, (*args, result), kwargs)
+        if isinstance(result, tuple | list):
+            return type(result)(passed[i] for i in range(len(result)))
+        return passed
+
+
+def _inside(path: str, root: str) -> bool:
+    return path == root or path.startswith(f"{root}.")
+
+
+def _nodes(value: Any) -> Any:
+    return fx.node.map_aggregate(value, lambda leaf: leaf.node if isinstance(leaf, fx.Proxy) else leaf)
+
+
+def trace(
+    module: nn.Module,
+    opens: Callable[[nn.Module, str], bool] | None = None,
+    *,
+    method: str = "forward",
+    exits: bool = False,
+) -> Trace:
+    """Traces one method of a module.
+
+    Args:
+        module: what to trace; a skeleton or a part of one, since tracing runs the module's code.
+        opens: `(module, path) -> bool`, which submodules to look into; by default those that hold a
+            convolution.
+        method: the method to trace.
+        exits: ends each opened module with a call of itself on its arguments and its result.
+
+    Raises:
+        Exception: whatever the module's own code raises when it is run symbolically.
+    """
+    tracer = _Tracer(opens or (lambda m, _: holds_convolution(m)), method, exits)
+    graph = tracer.trace(module)
+    return Trace(module, graph, tracer.calls, tracer.closed)
+
+
+def traces(model: nn.Module) -> Iterator[tuple[str, Trace | str]]:
+    """Traces the model or, where it or a part cannot be traced, the children of that part.
+
+    Args:
+        model: a skeleton.
+
+    Yields:
+        `(path, trace)`, or `(path, reason)` for a module that cannot be traced as a whole.
+    """
+    waiting = [""]
+    while waiting:
+        path = waiting.pop(0)
+        module = model.get_submodule(path)
+        try:
+            made = trace(module)
+        except Exception as error:
+            yield path, _first_line(error)
+            stuck = [path]
+        else:
+            yield path, made
+            stuck = [_join(path, closed) for closed in made.closed]
+        waiting += [
+            _join(parent, name)
+            for parent in stuck
+            for name, child in model.get_submodule(parent).named_children()
+            if holds_convolution(child)
+        ]
+
+
+def _join(root: str, path: str) -> str:
+    return f"{root}.{path}" if root and path else root or path
+
+
+class _Measure(fx.Interpreter):
+    """Runs a trace and notes each node's shape: a tuple, `"tuple"` or None."""
+
+    def __init__(self, traced: Trace) -> None:
+        super().__init__(fx.GraphModule(traced.root, traced.graph))
+        self.shapes: Shapes = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.shapes[n.name] = tuple(value.shape)
+        elif isinstance(value, tuple | list) and any(isinstance(part, Tensor) for part in value):
+            self.shapes[n.name] = "tuple"
+        return value
+
+
+def measure(traced: Trace, shape: tuple[int, ...]) -> Shapes:
+    """Runs the trace on the meta device: no arithmetic, shapes only.
+
+    Args:
+        traced: a trace of a skeleton.
+        shape: the input's, (N, C, H, W).
+
+    Returns:
+        For each node that holds a tensor its shape, for a tuple of tensors `"tuple"`, by node name.
+
+    Raises:
+        Exception: whatever the model raises on an input of this size.
+    """
+    dtype = next((p.dtype for p in traced.root.parameters() if p.is_floating_point()), torch.float32)
+    runner = _Measure(traced)
+    with torch.no_grad(), torch.device("meta"):
+        runner.run(torch.empty(shape, dtype=dtype, device="meta"))
+    return runner.shapes
