@@ -87,6 +87,7 @@ class GateConv(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """What `print(cell)` shows."""
         return f"{self.channels}, gates={self.gates}, kernel={self.kernel!r}"
 
 

@@ -61,8 +61,7 @@ class RegulatorConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(
-                    f"{name} must be one of {_listed(allowed)}, got {value!r}; "
-                    f"leave it out for {allowed[0]!r}"
+                    f"{name} must be one of {_listed(allowed)}, got {value!r}; leave it out for {allowed[0]!r}"
                 )
         object.__setattr__(self, "stages", _checked_stages(self.stages))
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):

@@ -115,9 +115,11 @@ class Dataflow:
         return seen
 
     def is_convolution(self, node: fx.Node) -> bool:
+        """Whether the node calls a convolution with learned weights."""
         return is_convolution(self.traced.module(node))
 
     def is_activation(self, node: fx.Node) -> bool:
+        """Whether the node is a nonlinearity, as a module or as a function."""
         module = self.traced.module(node)
         if module is not None:
             return type(module).__module__ == nn.ReLU.__module__
@@ -220,4 +222,3 @@ def _points(flow: Dataflow, block: Found) -> Found:
     else:
         return replace(block, reason="there is no convolution that every path of the branch passes after another one")
     return replace(block, read=read, write=write)
-

@@ -106,4 +106,5 @@ class Fusion(nn.Module):
         return F.hardtanh(x) if self.activation == "hardtanh" else x
 
     def extra_repr(self) -> str:
+        """What `print(model)` shows."""
         return f"skip={self.skip}, activation={self.activation!r}"

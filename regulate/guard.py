@@ -22,11 +22,24 @@ def holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def is_regulated(model: nn.Module) -> bool:
     """Whether the model carries regulators.
 
+    Args:
+        model: any module.
+
     Example:
-        >>> is_regulated(nn.Conv2d(3, 8, 3))
-        False
+        >>> from regulate import regulate
+        >>> from torchvision.models import resnet18
+        >>> is_regulated(resnet18()), is_regulated(regulate(resnet18()))
+        (False, True)
     """
     return any(True for _ in holders(model))
+
+
+def regulators(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Path and module of every block's regulator, in the model's order of holders and blocks."""
+    for path, holder in holders(model):
+        for block in getattr(type(holder), MARK).blocks:
+            name = f"{block.name}.regulator"
+            yield (f"{path}.{name}" if path else name), holder.get_submodule(name)
 
 
 def check_regulated(model: nn.Module) -> None:
@@ -41,7 +54,9 @@ def check_model(model: Any) -> None:
     """Raises the fitting error for anything that is not a plain model without regulators."""
     name = type(model).__name__
     if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"regulate takes an nn.Module, got {name}; build the model first and pass the instance")
+        raise UnsupportedModelError(
+            f"regulate takes an nn.Module, got {name}; build the model first and pass the instance"
+        )
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise UnsupportedModelError(
             f"regulate takes the model itself, got it wrapped in {name}; regulate model.module and wrap the result"
@@ -51,7 +66,9 @@ def check_model(model: Any) -> None:
             f"regulate takes the model itself, got a compiled {name}; regulate the model before torch.compile"
         )
     if isinstance(model, torch.jit.ScriptModule):
-        raise UnsupportedModelError("regulate reads Python code, got a ScriptModule; regulate the model before torch.jit")
+        raise UnsupportedModelError(
+            "regulate reads Python code, got a ScriptModule; regulate the model before torch.jit"
+        )
     if isinstance(model, fx.GraphModule):
         raise UnsupportedModelError(
             "regulate takes a network whose blocks are modules, got a GraphModule, in which they are inlined; "

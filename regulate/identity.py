@@ -45,7 +45,9 @@ def _moments(model: nn.Module, source: Source) -> tuple[Tensor, Tensor]:
         return unit
     norm = model.get_submodule(source.norm)
     part = slice(source.start, source.start + source.channels)
-    gamma, beta = (getattr(norm, name)[part] if getattr(norm, name) is not None else None for name in ("weight", "bias"))
+    gamma, beta = (
+        getattr(norm, name)[part] if getattr(norm, name) is not None else None for name in ("weight", "bias")
+    )
     if (gamma is not None and gamma.is_meta) or (beta is not None and beta.is_meta):
         return unit
     sigma = unit[1] if gamma is None else gamma.detach().double().cpu().abs()
@@ -58,9 +60,9 @@ def _moments(model: nn.Module, source: Source) -> tuple[Tensor, Tensor]:
 def _after(
     activation: Callable[[Tensor], Tensor] | None, name: str, center: Tensor, sigma: Tensor
 ) -> tuple[Tensor, Tensor]:
-    if name == "none" or activation is None and name != "relu":
-        return center, sigma**2
-    return relu_moments(center, sigma) if name == "relu" else quadrature_moments(activation, center, sigma)  # type: ignore[arg-type]
+    if name == "relu":
+        return relu_moments(center, sigma)
+    return (center, sigma**2) if activation is None else quadrature_moments(activation, center, sigma)
 
 
 def relu_moments(center: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,9 +85,7 @@ def relu_moments(center: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (square - mean**2).clamp(min=0)
 
 
-def quadrature_moments(
-    activation: Callable[[Tensor], Tensor], center: Tensor, sigma: Tensor
-) -> tuple[Tensor, Tensor]:
+def quadrature_moments(activation: Callable[[Tensor], Tensor], center: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of activation(z), z ~ Normal(center, sigma^2), by the trapezoidal rule.
 
     Args:

@@ -116,7 +116,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values; `from_dict` reads them back."""
-        return _listed(asdict(self))
+        listed: dict[str, Any] = _listed(asdict(self))
+        return listed
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Plan:

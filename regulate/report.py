@@ -72,7 +72,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
 
     def line(row: Sequence[str]) -> str:
-        cells = [c.rjust(w) if c[:1].isdigit() or c[:1] in "+-" else c.ljust(w) for c, w in zip(row, widths, strict=True)]
+        pairs = zip(row, widths, strict=True)
+        cells = [cell.rjust(width) if cell[:1] in "0123456789+-" else cell.ljust(width) for cell, width in pairs]
         return "  ".join(cells).rstrip()
 
     return [line(head), *(line(row) for row in rows)]

@@ -93,9 +93,9 @@ def generate(holder: nn.Module, rewrite: Rewrite) -> Code:
     regulated: dict[bool, Run] = {}
     plain: dict[bool, Run] = {}
     sources: list[str] = []
+    opened = rewrite.opened
     for training in (False, True):
         bare.train(training)
-        opened = rewrite.opened
         graph = trace(bare, lambda _, path: path in opened, method=rewrite.method, exits=True).graph
         untouched = copy.deepcopy(graph)
         for stage in rewrite.stages:
@@ -147,4 +147,4 @@ def _subsampled(graph: fx.Graph, read: fx.Node, write: fx.Node, block: Block) ->
 
 
 def _cut(graph: fx.Graph, x: fx.Node, slices: Iterable[slice]) -> fx.Node:
-    return graph.call_function(operator.getitem, (x, (Ellipsis, *slices)))
+    return graph.call_function(operator.getitem, (x, (Ellipsis, *slices)))  # type: ignore[arg-type]

@@ -17,8 +17,6 @@ from .guard import MARK
 from .splice import Code, Rewrite, generate
 
 
-
-
 def pass_through(*args: Any, **kwargs: Any) -> Any:
     """The `forward` of an opened block: the stage has run its code and hands over input and result.
 
@@ -141,7 +139,7 @@ def _blank(original: type[nn.Module]) -> nn.Module:
 
 def _restore(holder: nn.Module, state: tuple[Rewrite, dict[str, Any]]) -> None:
     rewrite, contents = state
-    holder.__setstate__(contents)  # type: ignore[operator]
+    holder.__setstate__(contents)  # type: ignore[operator, no-untyped-call]
     for path in rewrite.opened:
         vars(holder.get_submodule(path)).pop("forward", None)
     install(holder, rewrite, generate(holder, rewrite))

@@ -91,7 +91,7 @@ def skeleton(model: nn.Module) -> nn.Module:
     except Exception as error:
         raise UnsupportedModelError(
             f"regulate works on a copy of the model, but copy.deepcopy({type(model).__name__}) failed: "
-            f"{_first_line(error)}; make the model copyable, for instance by removing live handles from its attributes"
+            f"{first_line(error)}; make the model copyable, for instance by removing live handles from its attributes"
         ) from error
     for module in copied.modules():
         for name in _HOOKS:
@@ -106,8 +106,10 @@ def _weightless(tensor: Tensor) -> Tensor:
     return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def first_line(error: Exception) -> str:
+    """The first sentence of an error's message, for a reason in a plan."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.split(". ")[0]
 
 
 class _Tracer(fx.Tracer):
@@ -137,7 +139,7 @@ class _Tracer(fx.Tracer):
             # What cannot be opened stays closed: unwind its half-made nodes and call it as a whole.
             for node in reversed([node for node in self.graph.nodes if node not in known]):
                 self.graph.erase_node(node)
-            self.closed[path] = _first_line(error)
+            self.closed[path] = first_line(error)
             self.calls = {name: made for name, made in self.calls.items() if not _inside(name, path)}
             self.stack.pop()
             return self.create_proxy("call_module", path, args, kwargs)
@@ -150,7 +152,7 @@ class _Tracer(fx.Tracer):
         """Calls the opened module with its true input and its finished result, so that its hooks see both."""
         passed = self.create_proxy("call_module", path, (*args, result), kwargs)
         if isinstance(result, tuple | list):
-            return type(result)(passed[i] for i in range(len(result)))
+            return type(result)(passed[i] for i in range(len(result)))  # type: ignore[index]
         return passed
 
 
@@ -202,20 +204,22 @@ def traces(model: nn.Module) -> Iterator[tuple[str, Trace | str]]:
         try:
             made = trace(module)
         except Exception as error:
-            yield path, _first_line(error)
+            if type(module).forward is not nn.Module.forward:  # a ModuleList has none to trace
+                yield path, first_line(error)
             stuck = [path]
         else:
             yield path, made
-            stuck = [_join(path, closed) for closed in made.closed]
+            stuck = [join(path, closed) for closed in made.closed]
         waiting += [
-            _join(parent, name)
+            join(parent, name)
             for parent in stuck
             for name, child in model.get_submodule(parent).named_children()
             if holds_convolution(child)
         ]
 
 
-def _join(root: str, path: str) -> str:
+def join(root: str, path: str) -> str:
+    """A path below a root, either of which may be empty."""
     return f"{root}.{path}" if root and path else root or path
 
 

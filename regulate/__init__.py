@@ -1,0 +1,54 @@
+"""Memory across the depth of a residual network.
+
+`regulate(model, cell="lstm")` takes any ResNet-family network from timm, torchvision or your own code and
+splices ConvRNN regulators into its residual blocks (Xu et al., "RegNet: Self-Regulated Network for Image
+Classification", arXiv 2101.00590): same class, same weights, same outputs until it is trained.
+"""
+
+from .api import plan, regulate, regulator_parameters, regulator_state_dict, unregulate
+from .calibrate import calibrate
+from .cells import ConvGRUCell, ConvLSTMCell, ConvRNNCell
+from .config import RegulatorConfig
+from .errors import (
+    AlreadyRegulatedError,
+    BlockCallError,
+    CalibrationError,
+    NoBlocksError,
+    NotRegulatedError,
+    RegulateError,
+    UnknownStageError,
+    UnsupportedModelError,
+)
+from .freeze import freeze_backbone
+from .guard import is_regulated
+from .plan import Block, Plan, Skipped, Stage
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "regulate",
+    "unregulate",
+    "is_regulated",
+    "plan",
+    "calibrate",
+    "freeze_backbone",
+    "regulator_parameters",
+    "regulator_state_dict",
+    "RegulatorConfig",
+    "Plan",
+    "Stage",
+    "Block",
+    "Skipped",
+    "ConvRNNCell",
+    "ConvGRUCell",
+    "ConvLSTMCell",
+    "RegulateError",
+    "NoBlocksError",
+    "UnknownStageError",
+    "UnsupportedModelError",
+    "AlreadyRegulatedError",
+    "NotRegulatedError",
+    "BlockCallError",
+    "CalibrationError",
+    "__version__",
+]

@@ -1,0 +1,102 @@
+"""Replaces the estimated moments of a fresh start by measured ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CalibrationError
+from .fusion import Fusion
+from .guard import check_regulated, regulators
+from .identity import is_settled, settle
+
+
+class _Moments:
+    """Sums of a map and of its square per channel, in float64, as a forward pre-hook of a fusion."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sums: list[Tensor] = []
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        x: Tensor = args[0].detach().transpose(0, 1).flatten(1).double()
+        sums = [x.sum(1), x.square().sum(1)]
+        self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)] if self.sums else sums
+        self.count += x.shape[1]
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        mean, square = (total / self.count for total in self.sums)
+        return mean, (square - mean**2).clamp(min=0)
+
+
+def calibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Any]]) -> nn.Module:
+    """Measures mean and variance at every write point and lets the fusions start from them.
+
+    `regulate` estimates these moments from the norm before the write point. Where there is none, or where
+    its parameters tell little of the data, measured ones keep the network nearer to its old self in train
+    mode. In eval mode its function does not change.
+
+    Args:
+        model: freshly regulated with `init="identity"` or `"unit"`. In place: only the fusions' norms.
+            The backbone's own statistics and every training mode are left as they were.
+        batches: inputs (N, C, H, W), or tuples that start with one, such as a loader yields. A few
+            hundred images are plenty.
+
+    Returns:
+        The model.
+
+    Raises:
+        CalibrationError: a fusion is trained already, none has a batch norm to calibrate, or there was
+            no data.
+        NotRegulatedError: there are no regulators.
+
+    Example:
+        >>> import torch
+        >>> from regulate import regulate
+        >>> from torchvision.models import resnet18
+        >>> model = calibrate(regulate(resnet18()), [torch.randn(2, 3, 64, 64)])
+    """
+    check_regulated(model)
+    fusions = [fusion for _, fusion in regulators(model) if isinstance(fusion, Fusion) and _takes_moments(fusion)]
+    if not fusions:
+        raise CalibrationError(
+            "calibrate sets the statistics of fusions with a batch norm, and this model has none; its fusions add to "
+            "the map and need no statistics"
+        )
+    if not all(is_settled(fusion) for fusion in fusions):
+        raise CalibrationError(
+            "calibrate goes before training, while the fusion's weight is [I | 0], but it has been trained or was "
+            'started at random; call it right after regulate(model, init="identity")'
+        )
+    measured = _measured(model, fusions, batches)
+    for fusion, moments in zip(fusions, measured, strict=True):
+        settle(fusion, *moments.result())
+    return model
+
+
+def _takes_moments(fusion: Fusion) -> bool:
+    return not fusion.skip and isinstance(fusion.mix_norm, nn.modules.batchnorm._BatchNorm)
+
+
+def _measured(model: nn.Module, fusions: Sequence[Fusion], batches: Iterable[Tensor | Sequence[Any]]) -> list[_Moments]:
+    moments = [_Moments() for _ in fusions]
+    handles = [f.register_forward_pre_hook(m) for f, m in zip(fusions, moments, strict=True)]
+    modes = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
+    try:
+        model.eval()
+        with torch.no_grad():
+            for batch in batches:
+                x = batch if isinstance(batch, Tensor) else batch[0]
+                model(x.to(device))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    if not all(one.count for one in moments):
+        raise CalibrationError("calibrate measures on data, but got no batch; pass a loader or a list of inputs")
+    return moments

@@ -1,0 +1,137 @@
+"""`python -m regulate plan|verify MODEL`."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import CELL_NAMES, CHOICES, RegulatorConfig
+from .errors import RegulateError
+from .planner import draw
+from .verify import verify
+
+
+class ModelNameError(ValueError):
+    """There is no model of the name that was asked for."""
+
+
+def load_model(name: str, pretrained: bool = False) -> nn.Module:
+    """Builds a model by its timm name, or torchvision's as `torchvision/NAME`.
+
+    Raises:
+        ModelNameError: there is none of that name; the message lists the closest.
+        ModuleNotFoundError: the library is not installed.
+    """
+    return _from_torchvision(name[12:], pretrained) if name.startswith("torchvision/") else _from_timm(name, pretrained)
+
+
+def _from_timm(name: str, pretrained: bool) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):
+        raise ModelNameError(_unknown(name, timm.list_models(), "timm"))
+    model: nn.Module = timm.create_model(name, pretrained=pretrained)
+    return model
+
+
+def _from_torchvision(name: str, pretrained: bool) -> nn.Module:
+    from torchvision import models
+
+    if name not in models.list_models():
+        raise ModelNameError(_unknown(name, models.list_models(), "torchvision"))
+    weights: dict[str, Any] = {"weights": "DEFAULT" if pretrained else None}
+    if name in models.list_models(models.detection) + models.list_models(models.segmentation):
+        weights["weights_backbone"] = None
+    if name in models.list_models(models.quantization):
+        weights["quantize"] = False
+    model: nn.Module = models.get_model(name, **weights)
+    return model
+
+
+def _unknown(name: str, there: Sequence[str], library: str) -> str:
+    close = difflib.get_close_matches(name, there, 3)
+    hint = f"did you mean {', '.join(close)}?" if close else f"see {library}'s list_models()"
+    return f"{library} has no model {name!r}; {hint}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("regulate", description="Memory across the depth of a residual network.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, text in (
+        ("plan", "show what would be rewritten, at what cost, and what is left alone and why"),
+        ("verify", "regulate the model and check identity and gradients; exit code 1 if they fail"),
+    ):
+        sub = commands.add_parser(command, help=text, description=text)
+        sub.add_argument("model", help="a timm name, or torchvision/NAME")
+        sub.add_argument("--cell", default="lstm", choices=CELL_NAMES)
+        for option, allowed in CHOICES.items():
+            sub.add_argument(f"--{option}", default=allowed[0], choices=allowed)
+        sub.add_argument("--stages", nargs="+", help="names or 0-based indices")
+        sub.add_argument("--seed", type=int)
+        sub.add_argument("--size", type=int, nargs="+", help="height and width in pixels, or one number for both")
+        sub.add_argument("--pretrained", action="store_true", help="with the library's pretrained weights")
+        sub.add_argument("--json", action="store_true", help="JSON instead of text")
+    return parser
+
+
+def _config(args: argparse.Namespace) -> RegulatorConfig:
+    stages = args.stages and tuple(int(entry) if entry.isdigit() else entry for entry in args.stages)
+    return RegulatorConfig(args.cell, args.kernel, args.fusion, args.init, args.norm, stages, args.seed)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    drawn = draw(load_model(args.model, args.pretrained), _config(args), _grid(args.size))
+    print(json.dumps(drawn.to_dict()) if args.json else drawn)
+    return 0
+
+
+def _grid(size: list[int] | None) -> tuple[int, ...] | None:
+    if not size:
+        return None
+    return (size[0], size[0]) if len(size) == 1 else tuple(size)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    torch.manual_seed(0)
+    model = load_model(args.model, args.pretrained)
+    drawn = draw(model, _config(args), _grid(args.size))
+    verdict = verify(model, _config(args), drawn.input_size, shake=not args.pretrained)
+    figures = {
+        "model": args.model,
+        "input": list(drawn.input_size),
+        "blocks": verdict.blocks,
+        "eval_error": verdict.eval_error,
+        "train_difference": verdict.train_difference,
+        "without_gradient": list(verdict.lost),
+        "passed": verdict.passed,
+    }
+    if args.json:
+        print(json.dumps(figures))
+    else:
+        size = "x".join(map(str, drawn.input_size))
+        print(f"{args.model}: {verdict.blocks} regulated blocks, input {size}, batch 2")
+        print(f"  eval outputs, relative distance   {verdict.eval_error:.2e} (at most {verdict.tolerance:.0e})")
+        print(f"  train outputs, relative distance  {verdict.train_difference:.2e} (batch statistics, for information)")
+        print(f"  new parameters without gradient   {', '.join(verdict.lost) or 'none'}")
+        print("pass" if verdict.passed else "fail")
+    return 0 if verdict.passed else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command. Returns 0, 1 for a failed check, 2 for an error, which is one line on stderr."""
+    args = _parser().parse_args(arguments)
+    try:
+        return {"plan": _plan, "verify": _verify}[args.command](args)
+    except ModuleNotFoundError as error:
+        message = f"{args.model} needs {error.name}, which is not installed; pip install {error.name}"
+    except (RegulateError, ValueError, TypeError, RuntimeError, OSError) as error:
+        message = " ".join(str(error).split())
+    print(f"regulate: {message}", file=sys.stderr)
+    return 2
