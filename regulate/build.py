@@ -62,7 +62,8 @@ def build_stage(model: nn.Module, stage: Stage, config: RegulatorConfig) -> list
         cell = build_cell(config, first.read_width, first.dims)
         _check_protocol(cell, first)
         for block in stage.blocks:
-            fusion = build_fusion(config, block, cell if block is first else None)
+            # In float64 to begin with: the start is the identity to the rounding of the model's own dtype.
+            fusion = build_fusion(config, block, cell if block is first else None).double()
             _start(fusion, block, model, config.init)
             fusions.append(fusion)
     for block, fusion in zip(stage.blocks, fusions, strict=True):

@@ -131,7 +131,7 @@ def settle(fusion: Fusion, mean: Tensor, variance: Tensor) -> None:
         nn.init.dirac_(fusion.mix.weight)
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(variance)
-        norm.weight.copy_((variance.to(norm.running_var) + norm.eps).sqrt())
+        norm.weight.copy_((variance.double() + norm.eps).sqrt())
         norm.bias.copy_(mean)
 
 

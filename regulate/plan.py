@@ -144,8 +144,9 @@ class Plan:
         )
         if growth > WIDE:
             warnings.warn(
-                f"regulators add {growth:.0%} to {self.model}: its blocks are wide inside and cheap, while the fusion "
-                "is a full 1x1 convolution; regulate fewer stages with stages=[...], print(plan(model)) shows each one",
+                f"regulators add {growth:.0%} to {self.model}: the fusion is a full 1x1 convolution and grows with the "
+                "square of a block's inner width, and so does a dense cell; print(plan(model)) shows each stage, and "
+                "stages=[...] regulates fewer",
                 stacklevel=3,
             )
 

@@ -87,7 +87,7 @@ def _shake(parameter: nn.Parameter) -> None:
         is_gain = bool(parameter.all())
         draw = torch.rand(parameter.shape)
         if is_gain:
-            gain = 0.5 + torch.rand(parameter.shape)
+            gain = 0.25 + 0.75 * torch.rand(parameter.shape)
             gain = torch.where(draw < 0.1, -gain, torch.where(draw < 0.15, 1e-3 * gain, gain))
             parameter.copy_(gain)
         else:

@@ -1,0 +1,40 @@
+"""What several test files need: models by name, networks that look trained, perturbed regulators."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from regulate import regulate
+from regulate.build import private_rng
+from regulate.cli import load_model
+from regulate.guard import regulators
+from regulate.models import cifar_resnet
+from regulate.verify import example_inputs, perturb
+
+
+def network(name: str, size: int = 64) -> nn.Module:
+    """A network by name, `cifar/20` for the CIFAR ones, with the look of a trained one, in eval mode."""
+    if name.startswith("cifar/"):
+        model: nn.Module = cifar_resnet(int(name[6:]))
+    else:
+        model = load_model(name)
+    return perturb(model, [example_inputs(model, (3, size, size), batch=3, seed=s) for s in (1, 2)]).eval()
+
+
+def stir(model: nn.Module, scale: float = 0.1) -> nn.Module:
+    """Moves every new parameter and statistic away from its start, so that dead paths show."""
+    with private_rng(3, 0), torch.no_grad():
+        for _, part in regulators(model):
+            for parameter in part.parameters():
+                parameter.add_(scale * torch.randn(parameter.shape).to(parameter))
+            for name, buffer in part.named_buffers():
+                if name.endswith("running_mean"):
+                    buffer.add_(scale * torch.randn(buffer.shape).to(buffer))
+                if name.endswith("running_var"):
+                    buffer.mul_(1 + scale * torch.rand(buffer.shape).to(buffer))
+    return model
+
+
+def stirred(model: nn.Module, cell: str = "lstm", **options: object) -> nn.Module:
+    return stir(regulate(model, cell, **options)).eval()
