@@ -99,7 +99,7 @@ def survey(bare: nn.Module, config: RegulatorConfig, wished: tuple[int, ...] | N
         skipped += [Skipped(join(root, path), f"cannot be opened: {why}") for path, why in made.closed.items()]
     found = [site.block.name for site in sites]
     # A whole whose parts gave blocks was not left alone.
-    left = [s for s in skipped if not any(name.startswith(s.name and f"{s.name}.") for name in found)]
+    left = [s for s in dict.fromkeys(skipped) if not any(name.startswith(s.name and f"{s.name}.") for name in found)]
     return Survey(sites, left, size, macs)
 
 
@@ -167,10 +167,10 @@ def _home(flow: Dataflow, block: Found) -> str:
 def _unfit(flow: Dataflow, block: Found, home: str, residuals: int, targets: Counter[str]) -> str:
     if not home:
         return "the block is not a module of its own: its addition stands in the forward of the traced network itself"
-    if residuals > 1:
-        return f"{residuals} residual additions stand in this one module, and a regulator needs a module of its own"
     if len(flow.traced.calls[home]) > 1:
         return "the module is called more than once, so its weights are shared between steps"
+    if residuals > 1:
+        return f"{residuals} residual additions stand in this one module, and a regulator needs a module of its own"
     if "forward" in vars(flow.traced.root.get_submodule(home)):
         return "its forward is replaced on the instance"
     points = {str(node.target) for node in (block.read, block.write) if node is not None}

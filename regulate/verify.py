@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from .api import regulate
 from .build import private_rng
+from .cells import GateConv
 from .config import RegulatorConfig
 from .guard import regulators
 from .planner import draw
@@ -29,7 +30,8 @@ class Verdict:
         blocks: number of regulated blocks.
         eval_error: relative distance of the regulated network's eval outputs from the original's.
         train_difference: the same in train mode, before any training.
-        lost: new parameters without a finite, non-zero gradient at the third backward pass.
+        lost: new weights, by gate and by half of a mix, without a finite and non-zero gradient at the third
+            backward pass.
         tolerance: what `eval_error` may be at most.
     """
 
@@ -168,15 +170,38 @@ def _run(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> Any:
 
 
 def _without_gradient(model: nn.Module, inputs: tuple[Any, ...], steps: int = 3) -> list[str]:
-    """New parameters that are dead at the third backward pass; before it, zeros at the start block some."""
-    new = {f"{path}.{name}": p for path, part in regulators(model) for name, p in part.named_parameters()}
+    """New weights that are dead at the third backward pass; before it, zeros at the start block some."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    dead: list[str] = []
     for _ in range(steps):
         optimizer.zero_grad()
         outputs = tree_leaves(_run(model, inputs, True))
         loss = sum(y.float().square().mean() for y in outputs if isinstance(y, Tensor) and y.requires_grad)
         loss.backward()  # type: ignore[union-attr]
-        grads = {name: p.grad for name, p in new.items()}
+        dead = [name for name, grad in _new_gradients(model) if grad is None or not _is_alive(grad)]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    return [name for name, grad in grads.items() if grad is None or not grad.isfinite().all() or not grad.any()]
+    return dead
+
+
+def _is_alive(grad: Tensor) -> bool:
+    return bool(grad.isfinite().all() and grad.any())
+
+
+def _new_gradients(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
+    """Gradients of the new parameters: of a gate convolution by gate, of a mix by half, else by tensor."""
+    for path, part in regulators(model):
+        for name, parameter in part.named_parameters():
+            owner = part.get_submodule(name.rpartition(".")[0])
+            grad, label = parameter.grad, f"{path}.{name}"
+            if grad is None:
+                yield label, None
+            elif isinstance(owner, GateConv):
+                for gate, rows in enumerate(grad.chunk(owner.gates)):
+                    halves = rows.chunk(2, 1) if rows.dim() > 1 and rows.shape[1] > 1 else (rows,)
+                    yield from ((f"{label} gate {gate} half {at}", half) for at, half in enumerate(halves))
+            elif part.get_submodule("mix") is owner:
+                write = owner.out_channels
+                yield from ((f"{label} half {at}", half) for at, half in enumerate((grad[:, :write], grad[:, write:])))
+            else:
+                yield label, grad

@@ -19,7 +19,7 @@ def network(name: str, size: int = 64) -> nn.Module:
         model: nn.Module = cifar_resnet(int(name[6:]))
     else:
         model = load_model(name)
-    return perturb(model, [example_inputs(model, (3, size, size), batch=3, seed=s) for s in (1, 2)]).eval()
+    return perturb(model, [example_inputs(model, (3, size, size), batch=8, seed=s) for s in (1, 2)]).eval()
 
 
 def stir(model: nn.Module, scale: float = 0.1) -> nn.Module:

@@ -42,7 +42,14 @@ def test_resnet20_gru_is_the_papers_table_1():
 # Table IV prints the increments in units of 0.01M.
 @pytest.mark.parametrize(
     ("depth", "cell", "printed"),
-    [(20, "gru", 0.04), (20, "lstm", 0.04), (32, "gru", 0.06), (32, "lstm", 0.07), (56, "gru", 0.11), (56, "lstm", 0.12)],
+    [
+        (20, "gru", 0.04),
+        (20, "lstm", 0.04),
+        (32, "gru", 0.06),
+        (32, "lstm", 0.07),
+        (56, "gru", 0.11),
+        (56, "lstm", 0.12),
+    ],
 )
 def test_table_4(depth, cell, printed):
     assert plan(cifar_resnet(depth), cell).parameters / 1e6 == pytest.approx(printed, abs=0.015)

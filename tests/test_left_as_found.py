@@ -1,0 +1,99 @@
+"""Modes, dtypes, flags and random state are as they were; the same seed gives the same weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm import create_model
+
+from regulate import calibrate, plan, regulate, regulator_state_dict
+from regulate.cli import load_model
+
+from .helpers import network
+
+
+@pytest.mark.parametrize("call", [plan, regulate, lambda m: regulate(m, inplace=True)])
+def test_plan_and_regulate_leave_everything_as_found(call):
+    model = create_model("resnet18").train()
+    model.layer2.eval()
+    model.layer1[0].bn1.eval()
+    model.conv1.weight.requires_grad_(False)
+    modes = {name: m.training for name, m in model.named_modules()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    rng = torch.get_rng_state()
+    result = call(model)
+    assert torch.equal(torch.get_rng_state(), rng)
+    for one in (model, result) if isinstance(result, torch.nn.Module) else (model,):
+        names = dict(one.named_modules())
+        assert all(names[name].training == mode for name, mode in modes.items())
+        parameters = dict(one.named_parameters())
+        assert all(parameters[name].requires_grad == flag for name, flag in flags.items())
+        assert all(torch.equal(one.state_dict()[key], value) for key, value in state.items())
+
+
+def test_new_parts_take_the_mode_of_their_block():
+    model = create_model("resnet18").train()
+    model.layer2.eval()
+    regulated = regulate(model)
+    assert regulated.layer1[0].regulator.mix_norm.training
+    assert not regulated.layer2[0].regulator.mix_norm.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_new_parts_take_the_dtype(dtype):
+    model = network("torchvision/resnet18")
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        exact = model(x)
+        model = model.to(dtype)
+        own = model(x.to(dtype))
+        regulated = regulate(model)
+        found = regulated(x.to(dtype))
+    assert {p.dtype for p in regulated.parameters()} == {dtype}
+    assert found.dtype == dtype
+
+    def apart(a):
+        return ((a.double() - exact.double()).norm() / exact.double().norm()).item()
+
+    # In half types no further from float32 than the original itself, but for one more rounding.
+    assert apart(found) <= 2 * apart(own) + 1e-6
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not():
+    model = load_model("resnet18")
+    a, b, c = (regulator_state_dict(regulate(model, seed=seed)) for seed in (1, 1, 2))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not torch.equal(a["layer1.0.regulator.cell.gates.mix"], c["layer1.0.regulator.cell.gates.mix"])
+
+
+def test_no_seed_is_the_initial_seed_whatever_was_drawn_since():
+    model = load_model("resnet18")
+    torch.manual_seed(5)
+    a = regulator_state_dict(regulate(model))
+    torch.randn(100)
+    b = regulator_state_dict(regulate(model))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    torch.manual_seed(6)
+    c = regulator_state_dict(regulate(model))
+    assert not torch.equal(a["layer1.0.regulator.cell.gates.mix"], c["layer1.0.regulator.cell.gates.mix"])
+
+
+def test_a_stage_has_the_same_weights_whether_or_not_others_are_regulated():
+    model = load_model("resnet18")
+    whole, one = (regulator_state_dict(regulate(model, seed=1, stages=stages)) for stages in (None, ["layer3"]))
+    assert set(one) == {key for key in whole if key.startswith("layer3")}
+    assert all(torch.equal(whole[key], value) for key, value in one.items())
+
+
+def test_calibrate_leaves_backbone_and_modes():
+    model = regulate(network("torchvision/resnet18")).train()
+    model.layer1.eval()
+    modes = {name: m.training for name, m in model.named_modules()}
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    calibrate(model, [(torch.randn(2, 3, 64, 64), "label"), [torch.randn(3, 3, 64, 64)]])
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, state[key])}
+    assert changed
+    assert all("regulator.mix_norm" in key for key in changed)
+    assert {name: m.training for name, m in model.named_modules()} == modes
+    assert not any(m._forward_pre_hooks for m in model.modules())
