@@ -75,9 +75,9 @@ class CifarBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs, H, W) to (N, channels, H/stride, W/stride)."""
-        y = self.relu(self.bn1(self.conv1(x)))
+        y: Tensor = self.relu(self.bn1(self.conv1(x)))
         y = self.se(self.bn2(self.conv2(y)))
-        return self.relu(self.downsample(x) + y)
+        return F.relu(self.downsample(x) + y)
 
 
 class CifarResNet(nn.Module):

@@ -20,7 +20,7 @@ def randomised(cell: nn.Module) -> nn.Module:
 
 def light_gate(x, h, mix, taps, bias):
     """Steps (1) and (2) of the paper for one gate, position by position."""
-    n, channels, height, width = x.shape
+    _, channels, height, width = x.shape
     y = torch.zeros_like(x)
     for i in range(channels):
         pair = torch.stack([x[:, i], h[:, i]], -1) @ mix[i].flatten()

@@ -1,0 +1,77 @@
+"""README and examples: what they print is what happens."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread, imsave
+from timm import create_model
+
+import regulate
+from regulate import plan
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_readme_shows_the_plan_as_it_is_printed():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 120
+    shown = re.search(r"```text\n(.*?)```", readme, re.DOTALL).group(1)
+    assert shown.strip() == str(plan(create_model("resnet50"), "lstm")).strip()
+
+
+def test_every_public_name_is_in_the_api_page():
+    page = (ROOT / "docs" / "api.md").read_text()
+    assert [name for name in regulate.__all__ if name != "__version__" and name not in page] == []
+
+
+def test_links_between_documents_lead_somewhere():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_tests_named_in_the_paper_page_exist():
+    for name in re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", (ROOT / "docs" / "paper.md").read_text()):
+        text = (ROOT / "tests" / name[0]).read_text()
+        assert not name[1] or f"def {name[1]}(" in text
+
+
+def example(*arguments, **options):
+    command = [sys.executable, str(ROOT / "examples" / "upgrade_backbone.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, **options)
+
+
+def not_blank(path):
+    return len(np.unique(imread(path)[..., :3].reshape(-1, 3), axis=0)) > 10
+
+
+@pytest.mark.parametrize("arguments", [("--model", "resnet18"), ("--model", "resnet18", "--data", "/nosuch")])
+def test_the_example_says_what_is_missing(arguments):
+    done = example(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_the_example_upgrades_a_timm_backbone_on_an_image_folder(tmp_path):
+    colours = {"dark": 40, "light": 200}
+    for split in ("train", "val"):
+        for name, level in colours.items():
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for index in range(4):
+                noise = np.random.default_rng(index).integers(0, 40, (40, 40, 3))
+                imsave(folder / f"{index}.png", (noise + level).astype(np.uint8))
+    done = example(
+        *("--model", "resnet18", "--data", str(tmp_path / "data"), "--batch", "4", "--epochs", "1"),
+        *("--finetune-epochs", "1", "--out", str(tmp_path / "out")),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "predictions that the upgrade changed: 0 of 8" in done.stdout
+    assert re.search(r"regulated\s+[\d,]+\s+[\d.]+%", done.stdout)
+    assert not_blank(tmp_path / "out" / "curves.png")
