@@ -2,7 +2,7 @@
 
 A *residual block* is an addition of two maps of one shape whose operands part at a tensor, their nearest
 common dominator, the *fork*. One way from the fork, the shortcut, learns next to nothing; the other, the
-branch, holds two convolutions or more. A *trunk convolution* is one that every path of the branch passes:
+branch, holds two convolutions or more in a row. A *trunk convolution* is one that every path of the branch passes:
 it dominates the branch's end. The memory is read where the second trunk convolution is entered and fused
 in where the last one is entered.
 """
@@ -10,7 +10,7 @@ in where the last one is entered.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -125,13 +125,14 @@ class Dataflow:
             return type(module).__module__ == nn.ReLU.__module__
         return node.target in _ACTIVATIONS
 
-    def enlarges(self, node: fx.Node) -> bool:
-        """Whether the node's grid is at least twice that of each of its inputs: upsampling."""
-        grid = (self.shape(node) or ())[2:]
-        grids = [(self.shape(parent) or ())[2:] for parent in self.parents[node]]
-        if not grid or not grids or any(len(other) != len(grid) for other in grids):
-            return False
-        return any(size >= 2 * max(other[axis] for other in grids) for axis, size in enumerate(grid))
+    def enlarges(self, nodes: Sequence[fx.Node]) -> bool:
+        """Whether the grid doubles or more from one of the nodes to a later one: upsampling."""
+        grids = [(self.shape(node) or ())[2:] for node in nodes]
+        return any(
+            len(a) == len(b) and any(y >= 2 * x for x, y in zip(a, b, strict=True))
+            for at, a in enumerate(grids)
+            for b in grids[at + 1 :]
+        )
 
     def cost(self, node: fx.Node) -> int:
         """What a shortcut pays to pass a node: 1 for a convolution, nothing for what learns no map."""
@@ -139,7 +140,7 @@ class Dataflow:
         if is_convolution(module):
             return 1
         learns = module is not None and any(p.dim() > 1 for p in module.parameters())
-        return _NEVER if learns or self.enlarges(node) else 0
+        return _NEVER if learns else 0
 
     def cheapest(self, end: fx.Node, fork: fx.Node) -> tuple[int, list[fx.Node]]:
         """The cheapest path from the fork to `end`: its cost and its nodes, from `end` back."""
@@ -156,6 +157,15 @@ class Dataflow:
             path.append(at)
             at = best[at][1]
         return best[end][0], path
+
+    def longest(self, nodes: set[fx.Node]) -> int:
+        """The most convolutions on one path within a set of nodes: parallel ones are no sequence."""
+        passed: dict[fx.Node, int] = {}
+        for node in self.parents:
+            if node in nodes:
+                before = [passed[parent] for parent in self.parents[node] if parent in passed]
+                passed[node] = max(before, default=0) + self.is_convolution(node)
+        return max(passed.values(), default=0)
 
 
 def find(flow: Dataflow) -> list[Found]:
@@ -193,6 +203,8 @@ def _block(flow: Dataflow, addition: fx.Node, found: dict[fx.Node, Found]) -> Fo
     upstream = next((node for node in (*path, *flow.chain(fork)) if node in found), None)
     convolutions = tuple(node for node in flow.parents if node in branch and flow.is_convolution(node))
     trunk = tuple(node for node in flow.chain(end) if node in branch and flow.is_convolution(node))[::-1]
+    if flow.enlarges((fork, *trunk, addition)):
+        return None
     return _points(flow, Found(addition, upstream, convolutions, trunk))
 
 
@@ -206,9 +218,9 @@ def _ways(
     # In a dual path network the fork lies blocks above, where the dense path began: what the
     # shortcut itself has passed is not this block's branch.
     branch = flow.ancestors(end, fork) - flow.ancestors(shortcut, fork)
-    if any(node in found for node in branch) or any(flow.enlarges(node) for node in branch):
+    if any(node in found for node in branch):
         return None
-    if sum(flow.is_convolution(node) for node in branch) < 2:
+    if flow.longest(branch) < 2:
         return None
     return cost, path, branch, end
 
