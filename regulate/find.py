@@ -196,33 +196,51 @@ def _block(flow: Dataflow, addition: fx.Node, found: dict[fx.Node, Found]) -> Fo
     fork = flow.over[addition]
     if fork is None or flow.shape(fork) is None:
         return None
-    ways = [way for way in (_ways(flow, fork, a, b, found), _ways(flow, fork, b, a, found)) if way]
+    ways = [way for way in (_way(flow, fork, a, b), _way(flow, fork, b, a)) if way]
     if not ways:
         return None
-    _, path, branch, end = min(ways, key=lambda way: way[0])
-    upstream = next((node for node in (*path, *flow.chain(fork)) if node in found), None)
-    convolutions = tuple(node for node in flow.parents if node in branch and flow.is_convolution(node))
-    trunk = tuple(node for node in flow.chain(end) if node in branch and flow.is_convolution(node))[::-1]
-    if flow.enlarges((fork, *trunk, addition)):
+    way = min(ways, key=lambda way: way.cost)
+    trunk = tuple(node for node in flow.chain(way.end) if node in way.branch and flow.is_convolution(node))[::-1]
+    if flow.enlarges((fork, *trunk, addition)) or not _outweighs(trunk, way.branch, found):
         return None
+    upstream = next((node for node in (*way.shortcut, *flow.chain(fork)) if node in found), None)
+    convolutions = tuple(node for node in flow.parents if node in way.branch and flow.is_convolution(node))
     return _points(flow, Found(addition, upstream, convolutions, trunk))
 
 
-def _ways(
-    flow: Dataflow, fork: fx.Node, shortcut: fx.Node, end: fx.Node, found: dict[fx.Node, Found]
-) -> tuple[int, list[fx.Node], set[fx.Node], fx.Node] | None:
-    """Cost and path of the shortcut, nodes and end of the branch; None if the two are not such."""
+@dataclass(frozen=True)
+class _Way:
+    """One reading of an addition: the shortcut's cost and path, the branch's nodes and end."""
+
+    cost: int
+    shortcut: list[fx.Node]
+    branch: set[fx.Node]
+    end: fx.Node
+
+
+def _way(flow: Dataflow, fork: fx.Node, shortcut: fx.Node, end: fx.Node) -> _Way | None:
     cost, path = flow.cheapest(shortcut, fork)
     if cost > 2 or (cost == 2 and any(flow.is_activation(node) for node in path)):
         return None
     # In a dual path network the fork lies blocks above, where the dense path began: what the
     # shortcut itself has passed is not this block's branch.
     branch = flow.ancestors(end, fork) - flow.ancestors(shortcut, fork)
-    if any(node in found for node in branch):
-        return None
-    if flow.longest(branch) < 2:
-        return None
-    return cost, path, branch, end
+    return _Way(cost, path, branch, end) if flow.longest(branch) >= 2 else None
+
+
+def _outweighs(trunk: Sequence[fx.Node], branch: set[fx.Node], found: dict[fx.Node, Found]) -> bool:
+    """Settles nesting. Of nested candidates the inner ones win, as the backbone's blocks do over an FPN's
+    lateral addition; but a single one in a branch with two trunk convolutions of its own is a part of that
+    branch, such as a non-local attention with a shortcut, and is struck from the list.
+    """
+    inner = [node for node in found if node in branch]
+    if not inner:
+        return True
+    own = [node for node in trunk if node not in found[inner[0]].convolutions]
+    if len(inner) > 1 or len(own) < 2:
+        return False
+    del found[inner[0]]
+    return True
 
 
 def _points(flow: Dataflow, block: Found) -> Found:

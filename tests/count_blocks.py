@@ -83,20 +83,21 @@ RULES: dict[str, Callable[[nn.Module], bool]] = {
 }
 
 
-def count(model: nn.Module) -> int:
-    """How many residual blocks of two convolutions or more the model instantiates."""
-    found = 0
-    for module in model.modules():
+def names(model: nn.Module) -> list[str]:
+    """Paths of the residual blocks of two convolutions or more that the model instantiates."""
+    found = []
+    for path, module in model.named_modules():
         rule = RULES.get(f"{type(module).__module__}.{type(module).__qualname__}")
         convolutions = sum(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules())
-        found += bool(rule and rule(module) and convolutions >= 2)
+        if rule and rule(module) and convolutions >= 2:
+            found.append(path)
     return found
 
 
 def main(names: list[str]) -> None:
     for name in names:
         with torch.device("meta"):
-            print(f"{name!r}: {count(load_model(name))},")
+            print(f"{name!r}: {len(names(load_model(name)))},")
 
 
 if __name__ == "__main__":
