@@ -62,14 +62,11 @@ def build_stage(model: nn.Module, stage: Stage, config: RegulatorConfig) -> list
         cell = build_cell(config, first.read_width, first.dims)
         _check_protocol(cell, first)
         for block in stage.blocks:
-            # In float64 to begin with: the start is the identity to the rounding of the model's own dtype.
-            fusion = build_fusion(config, block, cell if block is first else None).double()
-            _start(fusion, block, model, config.init)
-            fusions.append(fusion)
-    for block, fusion in zip(stage.blocks, fusions, strict=True):
-        weight = next(p for p in model.get_submodule(block.write).parameters() if p.dim() > 1)
-        fusion.to(device=weight.device, dtype=weight.dtype)
-        fusion.train(model.get_submodule(block.name).training)
+            fusion = build_fusion(config, block, cell if block is first else None)
+            weight = next(p for p in model.get_submodule(block.write).parameters() if p.dim() > 1)
+            # First the dtype, in whose rounding the start is exact, then the values, then the device.
+            _start(fusion.to(weight.dtype), block, model, config.init)
+            fusions.append(fusion.to(weight.device).train(model.get_submodule(block.name).training))
     return fusions
 
 

@@ -203,7 +203,9 @@ def _block(flow: Dataflow, addition: fx.Node, found: dict[fx.Node, Found]) -> Fo
     trunk = tuple(node for node in flow.chain(way.end) if node in way.branch and flow.is_convolution(node))[::-1]
     if flow.enlarges((fork, *trunk, addition)) or not _outweighs(trunk, way.branch, found):
         return None
-    upstream = next((node for node in (*way.shortcut, *flow.chain(fork)) if node in found), None)
+    upstream = next((node for node in (*way.shortcut, *_lineage(flow, fork)) if node in found), None)
+    if upstream is not None and _something_between(flow, upstream, addition, found):
+        upstream = None
     convolutions = tuple(node for node in flow.parents if node in way.branch and flow.is_convolution(node))
     return _points(flow, Found(addition, upstream, convolutions, trunk))
 
@@ -226,6 +228,26 @@ def _way(flow: Dataflow, fork: fx.Node, shortcut: fx.Node, end: fx.Node) -> _Way
     # shortcut itself has passed is not this block's branch.
     branch = flow.ancestors(end, fork) - flow.ancestors(shortcut, fork)
     return _Way(cost, path, branch, end) if flow.longest(branch) >= 2 else None
+
+
+def _lineage(flow: Dataflow, fork: fx.Node) -> Iterator[fx.Node]:
+    """The dominators of a fork, upwards; where one is a concatenation, what its parts went through as well.
+
+    The addition of a dual path block does not dominate the next block, because the dense path goes around
+    it, but its result is a part of the concatenation that does.
+    """
+    for node in flow.chain(fork):
+        yield node
+        if node.target in (torch.cat, torch.concat):
+            parts = {above for part in flow.parents[node] for above in flow.chain(part)}
+            parts -= set(flow.chain(flow.over[node]))
+            yield from (above for above in reversed(flow.parents) if above in parts)
+
+
+def _something_between(flow: Dataflow, first: fx.Node, last: fx.Node, found: dict[fx.Node, Found]) -> bool:
+    """Whether another residual block lies between two: in parallel branches that meet again before the second."""
+    between = [node for node in flow.ancestors(last, first) if node in found]
+    return any(first in flow.parents[at] for node in between for at in flow.ancestors(node, first))
 
 
 def _outweighs(trunk: Sequence[fx.Node], branch: set[fx.Node], found: dict[fx.Node, Found]) -> bool:

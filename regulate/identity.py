@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .fusion import Fusion
@@ -130,9 +131,37 @@ def settle(fusion: Fusion, mean: Tensor, variance: Tensor) -> None:
     with torch.no_grad():
         nn.init.dirac_(fusion.mix.weight)
         norm.running_mean.copy_(mean)
-        norm.running_var.copy_(variance)
-        norm.weight.copy_((variance.double() + norm.eps).sqrt())
-        norm.bias.copy_(mean)
+        norm.bias.copy_(norm.running_mean)
+        for target, values in zip((norm.running_var, norm.weight), _inverse_pair(variance, norm), strict=True):
+            target.copy_(values)
+
+
+def _inverse_pair(variance: Tensor, norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
+    """Variance and gain with gain / sqrt(variance + eps) = 1 as the backend rounds it: eval is exact then.
+
+    A batch norm computes x * scale + (bias - mean * scale), so with mean = bias only the scale can be off.
+    The variance gives way by a few units in the last place until there is a gain whose scale is 1.
+    """
+    assert norm.running_var is not None
+    variance = variance.to(norm.running_var)
+    step = torch.finfo(variance.dtype).eps
+    for _ in range(32):
+        gain = (variance + norm.eps).sqrt()
+        for towards in (0.0, torch.inf):
+            other = torch.nextafter(gain, torch.full_like(gain, towards))
+            better = (_scale(variance, gain, norm.eps) != 1) & (_scale(variance, other, norm.eps) == 1)
+            gain = torch.where(better, other, gain)
+        missed = _scale(variance, gain, norm.eps) != 1
+        if variance.is_meta or not missed.any():
+            break
+        variance = torch.where(missed, variance + step * (variance + norm.eps), variance)
+    return variance, gain
+
+
+def _scale(variance: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """What an eval batch norm multiplies each channel by."""
+    zeros = torch.zeros_like(gain)
+    return F.batch_norm(torch.ones_like(gain)[None], zeros, variance, gain, zeros, False, 0.0, eps)[0]
 
 
 def is_settled(fusion: Fusion) -> bool:

@@ -53,6 +53,7 @@ class Stage:
         index: its 0-based place among all stages of the network, in forward order.
         holder: path of the smallest module that runs all its blocks; empty for the model itself.
         method: the holder's method that runs them.
+        fixed: arguments of that method that are constants in this network, by name.
         blocks: the blocks, in forward order.
         grid: spatial size at the write points for the plan's input size.
         parameters: new parameters, those of the shared cell included.
@@ -63,6 +64,7 @@ class Stage:
     index: int
     holder: str
     method: str
+    fixed: tuple[tuple[str, Any], ...]
     blocks: tuple[Block, ...]
     grid: tuple[int, ...]
     parameters: int
@@ -164,7 +166,8 @@ def stage_from_dict(values: Mapping[str, Any]) -> Stage:
         )
         for block in values["blocks"]
     )
-    return Stage(**{**values, "blocks": blocks, "grid": tuple(values["grid"])})
+    fixed = tuple((name, value) for name, value in values["fixed"])
+    return Stage(**{**values, "blocks": blocks, "grid": tuple(values["grid"]), "fixed": fixed})
 
 
 def _listed(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from .errors import NoBlocksError, UnknownStageError
 from .guard import check_model
 from .plan import Block, Plan, Skipped, Stage
 from .survey import Site, common_prefix, survey, wished_size
-from .trace import is_convolution, join, skeleton, trace
+from .trace import Call, constants, is_convolution, join, skeleton, trace
 
 
 def draw(model: nn.Module, config: RegulatorConfig, input_size: int | Sequence[int] | None = None) -> Plan:
@@ -27,8 +27,8 @@ def draw(model: nn.Module, config: RegulatorConfig, input_size: int | Sequence[i
     seen = survey(bare, config, wished_size(model, input_size))
     if not seen.sites:
         raise NoBlocksError(_nothing_found(model, seen.skipped))
-    runs = [(run, *_holder(bare, run)) for run in _chains(seen.sites)]
-    stages = _named(bare, config, runs)
+    runs = [(run, _holder(bare, run)) for run in _chains(seen.sites)]
+    stages = _named(config, runs)
     chosen, left = _chosen(stages, config)
     if not chosen:
         raise NoBlocksError(_nothing_found(model, [*seen.skipped, *left]))
@@ -85,36 +85,47 @@ def _kind(site: Site) -> tuple[Any, ...]:
     return site.block.read_width, site.block.write_width, site.grid
 
 
-def _holder(bare: nn.Module, run: list[Site]) -> tuple[str, str]:
-    """The smallest module that runs all blocks of the stage and can be traced alone, and its method."""
+@dataclass(frozen=True)
+class _Holder:
+    """Where a stage is run: a module's path, its method, and that method's constant arguments."""
+
+    path: str
+    method: str = ""
+    fixed: tuple[tuple[str, Any], ...] = ()
+
+
+def _holder(bare: nn.Module, run: list[Site]) -> _Holder:
+    """The smallest module that runs all blocks of the stage and can be traced alone."""
     common = common_prefix([site.block.name.split(".")[:-1] for site in run])
     site = run[0]
-    calls = site.flow.traced.calls
     while True:
         path = ".".join(common)
-        inner = path[len(site.root) :].lstrip(".")
-        called_once = path == site.root or len(calls.get(inner, [])) == 1
-        if called_once and (method := _method(bare.get_submodule(path), path, run)):
-            return path, method
+        calls = site.flow.traced.calls.get(path[len(site.root) :].lstrip("."), [])
+        if path == site.root or len(calls) == 1:
+            for method in ("forward_features", "forward"):
+                holder = _tried(bare, path, method, calls[0] if calls else None, run)
+                if holder is not None:
+                    return holder
         if not common or path == site.root:
-            return path, ""
+            return _Holder(path)
         common = common[:-1]
 
 
-def _method(module: nn.Module, path: str, run: list[Site]) -> str:
-    """The method of a holder that runs the blocks and traces; empty if there is none."""
+def _tried(bare: nn.Module, path: str, method: str, call: Call | None, run: list[Site]) -> _Holder | None:
+    """The holder, if the module's method can be traced and runs the blocks."""
+    module = bare.get_submodule(path)
+    if not hasattr(module, method):
+        return None
     opened = opened_paths([site.block for site in run], path)
-    for method in ("forward_features", "forward"):
-        if not hasattr(module, method):
-            continue
-        try:
-            made = trace(module, lambda _, at: at in opened, method=method)
-        except Exception:
-            continue
-        called = {join(path, str(node.target)) for node in made.graph.nodes if node.op == "call_module"}
-        if {site.block.write for site in run} <= called:
-            return method
-    return ""
+    # What a module is called with is known of its forward alone.
+    fixed = constants(module, method, call if method == "forward" else None)
+    try:
+        made = trace(module, lambda _, at: at in opened, method=method, fixed=fixed)
+    except Exception:
+        return None
+    called = {join(path, str(node.target)) for node in made.graph.nodes if node.op == "call_module"}
+    complete = {site.block.write for site in run} <= called
+    return _Holder(path, method, tuple(fixed.items())) if complete else None
 
 
 def opened_paths(blocks: Sequence[Block], holder: str) -> set[str]:
@@ -127,14 +138,15 @@ def opened_paths(blocks: Sequence[Block], holder: str) -> set[str]:
     return opened
 
 
-def _named(bare: nn.Module, config: RegulatorConfig, runs: list[tuple[list[Site], str, str]]) -> list[Stage]:
-    held = Counter(holder for _, holder, _ in runs)
+def _named(config: RegulatorConfig, runs: list[tuple[list[Site], _Holder]]) -> list[Stage]:
+    held = Counter(holder.path for _, holder in runs)
     stages = []
-    for index, (run, holder, method) in enumerate(runs):
+    for index, (run, holder) in enumerate(runs):
         blocks = tuple(site.block for site in run)
-        name = holder if holder and held[holder] == 1 else blocks[0].name
+        name = holder.path if holder.path and held[holder.path] == 1 else blocks[0].name
         parameters, macs = _count(config, blocks, math.prod(run[0].grid))
-        stages.append(Stage(name, index, holder, method, blocks, run[0].grid, parameters, macs))
+        place = (holder.path, holder.method, holder.fixed)
+        stages.append(Stage(name, index, *place, blocks, run[0].grid, parameters, macs))
     return stages
 
 

@@ -28,11 +28,13 @@ class Rewrite:
 
     Args:
         method: the holder's method that is replaced.
+        fixed: arguments of that method that are constants, by name.
         stages: the stages it runs.
         options: the plan's options, for the record.
     """
 
     method: str
+    fixed: tuple[tuple[str, Any], ...]
     stages: tuple[Stage, ...]
     options: dict[str, Any]
 
@@ -65,7 +67,7 @@ def rewrites(plan: Plan) -> dict[str, Rewrite]:
     for stage in plan.stages:
         held.setdefault(stage.holder, []).append(stage)
     return {
-        holder: Rewrite(stages[0].method, tuple(_relative(stage) for stage in stages), plan.options)
+        holder: Rewrite(stages[0].method, stages[0].fixed, tuple(_relative(stage) for stage in stages), plan.options)
         for holder, stages in held.items()
     }
 
@@ -96,7 +98,9 @@ def generate(holder: nn.Module, rewrite: Rewrite) -> Code:
     opened = rewrite.opened
     for training in (False, True):
         bare.train(training)
-        graph = trace(bare, lambda _, path: path in opened, method=rewrite.method, exits=True).graph
+        graph = trace(
+            bare, lambda _, path: path in opened, method=rewrite.method, fixed=dict(rewrite.fixed), exits=True
+        ).graph
         untouched = copy.deepcopy(graph)
         for stage in rewrite.stages:
             _splice(graph, stage)

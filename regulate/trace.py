@@ -12,7 +12,8 @@ and remembered, and its children are traced on their own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,6 +170,7 @@ def trace(
     opens: Callable[[nn.Module, str], bool] | None = None,
     *,
     method: str = "forward",
+    fixed: Mapping[str, Any] | None = None,
     exits: bool = False,
 ) -> Trace:
     """Traces one method of a module.
@@ -178,14 +180,40 @@ def trace(
         opens: `(module, path) -> bool`, which submodules to look into; by default those that hold a
             convolution.
         method: the method to trace.
+        fixed: arguments that are constants, by name; by default those with a default value.
         exits: ends each opened module with a call of itself on its arguments and its result.
 
     Raises:
         Exception: whatever the module's own code raises when it is run symbolically.
     """
     tracer = _Tracer(opens or (lambda m, _: holds_convolution(m)), method, exits)
-    graph = tracer.trace(module)
+    known = constants(module, method) if fixed is None else dict(fixed)
+    graph = tracer.trace(module, concrete_args=known)
+    for node in graph.find_nodes(op="placeholder"):
+        # torch.fx renames the arguments that it was given as constants; callers may use their names.
+        if str(node.target).removesuffix("_1") in known:
+            node.target = str(node.target).removesuffix("_1")
     return Trace(module, graph, tracer.calls, tracer.closed)
+
+
+def constants(module: nn.Module, method: str, call: Call | None = None) -> dict[str, Any]:
+    """The arguments of a method that are constants in a call, or in one without optional arguments.
+
+    Args:
+        module: whose method it is.
+        method: its name.
+        call: how it is called; None leaves optional arguments at their defaults.
+    """
+    signature = inspect.signature(getattr(module, method))
+    if call is None:
+        values = {name: p.default for name, p in signature.parameters.items() if p.default is not p.empty}
+    else:
+        bound = signature.bind(*call.args, **call.kwargs)
+        bound.apply_defaults()
+        values = bound.arguments
+    return {
+        name: value for name, value in values.items() if value is None or isinstance(value, bool | int | float | str)
+    }
 
 
 def traces(model: nn.Module) -> Iterator[tuple[str, Trace | str]]:

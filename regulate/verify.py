@@ -150,17 +150,27 @@ def verify(model: nn.Module, config: RegulatorConfig, size: Sequence[int] | None
     Raises:
         RegulateError: the model cannot be regulated.
     """
-    drawn = draw(model, config)
+    drawn = draw(model, config, size)
     size = tuple(size or drawn.input_size)
     original = copy.deepcopy(model)
     if shake:
-        perturb(original, [example_inputs(original, size, seed=seed) for seed in (1, 2)])
-    regulated = regulate(original, config=config)
-    inputs = example_inputs(original, size)
+        perturb(original, [example_inputs(original, size, batch=4, seed=seed) for seed in (1, 2)])
+    return verify_pair(original, regulate(original, config=config), example_inputs(original, size), len(drawn.blocks))
+
+
+def verify_pair(original: nn.Module, regulated: nn.Module, inputs: tuple[Any, ...], blocks: int) -> Verdict:
+    """Compares a network with its regulated self, then trains the latter for three steps.
+
+    Args:
+        original: the network; its mode and statistics change.
+        regulated: what `regulate` made of it; trained in place.
+        inputs: the networks' arguments.
+        blocks: number of regulated blocks, for the record.
+    """
     with torch.no_grad():
         error = distance(_run(original, inputs, False), _run(regulated, inputs, False))
-        apart = distance(_run(copy.deepcopy(original), inputs, True), _run(copy.deepcopy(regulated), inputs, True))
-    return Verdict(len(drawn.blocks), error, apart, tuple(_without_gradient(regulated, inputs)))
+        apart = distance(_run(original, inputs, True), _run(copy.deepcopy(regulated), inputs, True))
+    return Verdict(blocks, error, apart, tuple(_without_gradient(regulated, inputs)))
 
 
 def _run(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> Any:
