@@ -29,7 +29,7 @@ from .zoo import BY_HAND, COUNTS, SAMPLE, TIMM_FILES, TOO_LARGE
 # What a small input is: 64 pixels, or what the architecture needs.
 SIZES = {"inception_resnet_v2": (3, 128, 128), "torchvision/r3d_18": (3, 8, 32, 32)}
 # Attention over blocks of the map: their sizes must divide it.
-SIZES |= {name: (3, 256, 256) for name in timm.list_models(module="byoanet")}
+SIZES |= {name: (3, 256, 256) for name in (*timm.list_models(module="byoanet"), "bat_resnext26ts")}
 SIZES |= {f"torchvision/{name}": (3, 8, 32, 32) for name in ("mc3_18", "r2plus1d_18")}
 
 
@@ -83,7 +83,7 @@ def test_architecture(name):
     check_dropout(model, regulated, example_inputs(model, size))
     verdict = verify_pair(model, regulated, example_inputs(model, size), len(drawn.blocks))
     assert verdict.lost == ()
-    assert verdict.eval_error < tolerance(model, example_inputs(model, size))
+    assert verdict.eval_error < 1e-5 or verdict.eval_error < own_rounding(model, example_inputs(model, size))
     figures.update(
         regulated=len(drawn.blocks),
         stages=len(drawn.stages),
@@ -98,11 +98,10 @@ def test_architecture(name):
     return record(figures)
 
 
-def tolerance(model, inputs):
-    """1e-5, or where the network itself is further from float64 than that, its own distance."""
+def own_rounding(model, inputs):
+    """How far the network itself is from float64."""
     exact = copy.deepcopy(model).double()
-    doubled = tuple(x.double() if isinstance(x, torch.Tensor) else x for x in inputs)
-    return max(1e-5, distance(run(exact, doubled), run(model, inputs)) if doubled[0] is not inputs[0] else 0)
+    return distance(run(exact, tuple(x.double() for x in inputs)), run(model, inputs))
 
 
 def check_odd_size(model, regulated, size):
@@ -111,17 +110,17 @@ def check_odd_size(model, regulated, size):
         expected = run(model, inputs)
     except (RuntimeError, AssertionError, ValueError):
         return  # the original itself refuses it
-    assert distance(expected, run(regulated, inputs)) < tolerance(model, inputs)
+    error = distance(expected, run(regulated, inputs))
+    assert error < 1e-5 or error < own_rounding(model, inputs)
 
 
 def check_dropout(model, regulated, inputs):
     """What is random in train mode in the original is so in the regulated network, and nothing else."""
-    for training in (True, False):
-        varies = []
-        for network in (model, regulated):
-            a, b = (run(copy.deepcopy(network), inputs, training, seed) for seed in (1, 2))
-            varies.append(distance(a, b) > 0)
-        assert varies[0] == varies[1], training
+    varies = []
+    for network in (model, regulated):
+        a, b = (run(copy.deepcopy(network), inputs, True, seed) for seed in (1, 2))
+        varies.append(distance(a, b) > 0)
+    assert varies[0] == varies[1]
 
 
 def record(figures):
