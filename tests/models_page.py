@@ -52,7 +52,9 @@ def page(folder: Path) -> str:
         results[figures["name"]] = figures
     missing = [name for name in COUNTS if name not in results]
     if missing:
-        raise SystemExit(f"{folder} lacks results of {len(missing)} architectures, first {missing[0]}; run the whole zoo")
+        raise SystemExit(
+            f"{folder} lacks results of {len(missing)} architectures, first {missing[0]}; run the whole zoo"
+        )
     rows = [row(results[name]) for name in COUNTS]
     left_out = f"\nNot run, over 100M parameters: {', '.join(TOO_LARGE)}.\n"
     return HEAD + "\n".join(rows) + "\n" + left_out

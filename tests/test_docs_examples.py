@@ -14,6 +14,7 @@ from timm import create_model
 
 import regulate
 from regulate import plan
+from regulate.cli import load_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,3 +76,17 @@ def test_the_example_upgrades_a_timm_backbone_on_an_image_folder(tmp_path):
     assert "predictions that the upgrade changed: 0 of 8" in done.stdout
     assert re.search(r"regulated\s+[\d,]+\s+[\d.]+%", done.stdout)
     assert not_blank(tmp_path / "out" / "curves.png")
+
+
+PLANS = re.findall(
+    r"`python -m regulate plan (\S+)` prints\n\n```text\n(.*?)```", (ROOT / "docs/families.md").read_text(), re.S
+)
+
+
+@pytest.mark.parametrize(("name", "shown"), PLANS, ids=[name for name, _ in PLANS])
+def test_the_plans_of_the_families_page_are_current(name, shown):
+    assert shown.strip() == str(plan(load_model(name))).strip()
+
+
+def test_the_families_page_shows_the_five_of_the_paper():
+    assert len(PLANS) == 5

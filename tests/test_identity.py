@@ -50,6 +50,15 @@ def test_eval_outputs_are_the_originals(name):
             assert distance(model(x), regulated(x)) < 1e-5
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "resnet26t", "res2net50_26w_4s", "dpn48b", "efficientnet_b0"])
+def test_eval_outputs_are_bit_identical_on_the_cpu(name, layout):
+    model = network(name).to(memory_format=layout)
+    x = torch.randn(2, 3, 97, 131).to(memory_format=layout)
+    with torch.no_grad():
+        assert torch.equal(model(x), regulate(model)(x))
+
+
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "torchvision/resnet50", "resnet50_gn", "seresnext26d_32x4d"])
 def test_every_cell_and_kernel(name, cell):

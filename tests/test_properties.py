@@ -90,9 +90,7 @@ class Block(nn.Module):
         self.gate = Gate(outputs) if shape.gate else nn.Identity()
         self.inner = Inner(outputs) if shape.nested else nn.Identity()
         self.act = ACTIVATIONS[shape.activation]()
-        self.acts = nn.ModuleList(
-            self.act if shape.reused else ACTIVATIONS[shape.activation]() for _ in shape.kernels
-        )
+        self.acts = nn.ModuleList(self.act if shape.reused else ACTIVATIONS[shape.activation]() for _ in shape.kernels)
         self.outputs, self.stride = outputs, stride
         changes = stride > 1 or inputs != outputs
         self.projection = nn.Conv2d(inputs, outputs, 1, stride) if changes and shape.shortcut == "conv" else None
