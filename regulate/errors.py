@@ -33,3 +33,9 @@ class BlockCallError(RegulateError, RuntimeError):
 
 class CalibrationError(RegulateError, ValueError):
     """`calibrate` was called on a network that is trained already, or without usable data."""
+
+
+def first_line(error: Exception) -> str:
+    """The first sentence of an error's message, for a reason in a plan."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.split(". ")[0]

@@ -16,8 +16,9 @@ from .config import RegulatorConfig
 from .errors import NoBlocksError, UnknownStageError
 from .guard import check_model
 from .plan import Block, Plan, Skipped, Stage
+from .skeleton import skeleton
 from .survey import Site, common_prefix, survey, wished_size
-from .trace import Call, constants, is_convolution, join, skeleton, trace
+from .trace import Call, constants, is_convolution, join, trace
 
 
 def draw(model: nn.Module, config: RegulatorConfig, input_size: int | Sequence[int] | None = None) -> Plan:

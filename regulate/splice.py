@@ -17,7 +17,8 @@ from torch import fx, nn
 from .find import entering
 from .plan import Block, Plan, Stage
 from .planner import opened_paths
-from .trace import skeleton, trace
+from .skeleton import skeleton
+from .trace import trace
 
 Run = Callable[..., Any]
 

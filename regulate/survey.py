@@ -12,11 +12,12 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import RegulatorConfig
+from .errors import first_line
 from .find import Dataflow, Found, entering, find
 from .fusion import Norm
 from .origin import Source, has_running_statistics, is_norm, origin
 from .plan import Block, Skipped
-from .trace import Shapes, Trace, first_line, holds_convolution, is_convolution, join, measure, traces
+from .trace import Shapes, Trace, holds_convolution, is_convolution, join, measure, traces
 
 _DEFAULT_GRID = {1: (224,), 2: (224, 224), 3: (16, 112, 112)}
 _ODD = {1: (131,), 2: (97, 131), 3: (9, 49, 65)}

@@ -1,7 +1,6 @@
-"""torch.fx traces of a weightless copy: what runs after what, how large, and inside which module.
+"""torch.fx traces: what runs after what, how large, and inside which module.
 
-Nothing here touches the model itself. A *skeleton* is a copy whose tensors are on the meta device, so
-that it can be traced, run for its shapes and cut up at no cost and without consequence.
+Tracing runs a module's code, so it is done on skeletons only (`skeleton.py`).
 
 Which modules are opened? Only such as hold a convolution. Norms, activations, dropout, DropPath,
 pools and the like hold none and stay closed, so their `self.training` branches are never frozen and
@@ -11,7 +10,6 @@ and remembered, and its children are traced on their own.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,19 +19,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .errors import UnsupportedModelError
+from .errors import first_line
 
 Shapes = dict[str, Any]
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 @dataclass(frozen=True)
@@ -74,43 +62,6 @@ def is_convolution(module: nn.Module | None) -> bool:
 def holds_convolution(module: nn.Module) -> bool:
     """Whether there is a convolution below the module. A convolution itself does not count."""
     return not is_convolution(module) and any(is_convolution(child) for child in module.modules())
-
-
-def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of the model on the meta device, in eval mode, without hooks; no memory for weights.
-
-    Raises:
-        UnsupportedModelError: the model cannot be copied.
-    """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-            if isinstance(tensor, Tensor):
-                memo[id(tensor)] = _weightless(tensor)
-    try:
-        copied = copy.deepcopy(model, memo)
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"regulate works on a copy of the model, but copy.deepcopy({type(model).__name__}) failed: "
-            f"{first_line(error)}; make the model copyable, for instance by removing live handles from its attributes"
-        ) from error
-    for module in copied.modules():
-        for name in _HOOKS:
-            getattr(module, name, {}).clear()
-        if getattr(module, "grad_checkpointing", False):
-            module.grad_checkpointing = False  # type: ignore[assignment]
-    return copied.eval()
-
-
-def _weightless(tensor: Tensor) -> Tensor:
-    meta = tensor.detach().to("meta")
-    return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
-
-
-def first_line(error: Exception) -> str:
-    """The first sentence of an error's message, for a reason in a plan."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line.split(". ")[0]
 
 
 class _Tracer(fx.Tracer):

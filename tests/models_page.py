@@ -18,8 +18,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 HEAD = """# Models
 
 Every architecture that was checked, one by one (`tests/test_zoo.py`): the blocks that are found are those that it
-instantiates, eval outputs are the original's, also at an odd size, three training steps give every gate and each half of
-every fusion a gradient, original keys stay in order, dropout and DropPath switch as before.
+instantiates, eval outputs are the original's, also at an odd size, three training steps give every gate and each half
+of every fusion a gradient, original keys stay in order, dropout and DropPath switch as before.
 
 *expected* is a committed literal (`tests/zoo.py`) that does not come from the finder. *regulated* is less where a stage
 has a single block, which has nothing to carry. *eval error* is the relative distance of eval outputs in float32, with
@@ -52,9 +52,7 @@ def page(folder: Path) -> str:
         results[figures["name"]] = figures
     missing = [name for name in COUNTS if name not in results]
     if missing:
-        raise SystemExit(
-            f"{folder} lacks results of {len(missing)} architectures, first {missing[0]}; run the whole zoo"
-        )
+        raise SystemExit(f"{folder} lacks results of {len(missing)} architectures, as {missing[0]}; run the whole zoo")
     rows = [row(results[name]) for name in COUNTS]
     left_out = f"\nNot run, over 100M parameters: {', '.join(TOO_LARGE)}.\n"
     return HEAD + "\n".join(rows) + "\n" + left_out

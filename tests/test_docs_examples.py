@@ -78,9 +78,8 @@ def test_the_example_upgrades_a_timm_backbone_on_an_image_folder(tmp_path):
     assert not_blank(tmp_path / "out" / "curves.png")
 
 
-PLANS = re.findall(
-    r"`python -m regulate plan (\S+)` prints\n\n```text\n(.*?)```", (ROOT / "docs/families.md").read_text(), re.S
-)
+FAMILIES = (ROOT / "docs" / "families.md").read_text()
+PLANS = re.findall(r"`python -m regulate plan (\S+)` prints\n\n```text\n(.*?)```", FAMILIES, re.DOTALL)
 
 
 @pytest.mark.parametrize(("name", "shown"), PLANS, ids=[name for name, _ in PLANS])

@@ -12,8 +12,8 @@ from torch import nn
 
 from regulate import NoBlocksError, plan, regulate
 from regulate.config import RegulatorConfig
+from regulate.skeleton import skeleton
 from regulate.survey import survey
-from regulate.trace import skeleton
 from regulate.verify import distance, perturb
 
 from .helpers import stir

@@ -19,8 +19,8 @@ from regulate import NoBlocksError, Plan, plan, regulate
 from regulate.build import private_rng
 from regulate.cli import load_model
 from regulate.config import RegulatorConfig
+from regulate.skeleton import skeleton
 from regulate.survey import survey, wished_size
-from regulate.trace import skeleton
 from regulate.verify import distance, example_inputs, perturb, verify_pair
 
 from .count_blocks import names
