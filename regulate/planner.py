@@ -170,13 +170,19 @@ def _chosen(stages: list[Stage], config: RegulatorConfig) -> tuple[list[Stage], 
         if not stage.method:
             left.append(Skipped(stage.name, "no module that runs its blocks can be traced"))
         elif wanted is None and len(stage.blocks) == 1:
-            reason = f"a stage of one block has nothing to carry; stages=[{stage.name!r}] regulates it all the same"
-            left.append(Skipped(stage.name, reason))
+            left.append(Skipped(stage.name, _alone(stage, stages)))
         elif wanted is not None and stage.index not in wanted:
             left.append(Skipped(stage.name, "not among the stages asked for"))
         else:
             chosen.append(stage)
     return chosen, left
+
+
+def _alone(stage: Stage, stages: list[Stage]) -> str:
+    """Why a stage of one block is left alone, and why it has one block."""
+    near = [other for other in stages if abs(other.index - stage.index) == 1 and other.grid == stage.grid]
+    why = " (the blocks next to it have other inner widths, and a cell has one)" if near else ""
+    return f"a stage of one block{why} has nothing to carry; stages=[{stage.name!r}] regulates it all the same"
 
 
 def _wanted(stages: list[Stage], config: RegulatorConfig) -> set[int] | None:

@@ -16,6 +16,8 @@ import regulate
 from regulate import plan
 from regulate.cli import load_model
 
+from .zoo import COUNTS
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -24,6 +26,10 @@ def test_the_readme_shows_the_plan_as_it_is_printed():
     assert len(readme.splitlines()) <= 120
     shown = re.search(r"```text\n(.*?)```", readme, re.DOTALL).group(1)
     assert shown.strip() == str(plan(create_model("resnet50"), "lstm")).strip()
+
+
+def test_the_readme_counts_the_zoo():
+    assert f"{len(COUNTS)} architectures are checked one by one" in " ".join((ROOT / "README.md").read_text().split())
 
 
 def test_every_public_name_is_in_the_api_page():

@@ -13,6 +13,7 @@ from torchvision.models import detection, segmentation
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from regulate import is_regulated, plan, regulate, unregulate
+from regulate.cli import load_model
 from regulate.guard import holders
 from regulate.models import CifarBlock
 from regulate.verify import distance, example_inputs, perturb
@@ -204,6 +205,17 @@ def test_a_super_resolution_net_without_norm():
     regulated = regulate(model)
     x = torch.randn(1, 3, 15, 17)
     assert torch.equal(model.train()(x), regulated.train()(x))
+
+
+def test_blocks_of_unequal_widths_say_why_they_are_left_alone():
+    model = load_model("torchvision/r2plus1d_18")
+    drawn = plan(model)
+    assert [s.name for s in drawn.stages] == ["layer1"]
+    reasons = {entry.name: entry.reason for entry in drawn.skipped}
+    assert set(reasons) == {f"layer{i}.{j}" for i in (2, 3, 4) for j in (0, 1)}
+    assert all("other inner widths" in reason for reason in reasons.values())
+    lone = plan(load_model("resnet18"), stages=[0]).skipped
+    assert not any("inner widths" in entry.reason for entry in lone)
 
 
 def test_grids_that_round_down_are_cut():

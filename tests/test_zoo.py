@@ -28,16 +28,16 @@ from .zoo import BY_HAND, COUNTS, SAMPLE, TIMM_FILES, TOO_LARGE
 
 # What a small input is: 64 pixels, or what the architecture needs.
 SIZES = {"inception_resnet_v2": (3, 128, 128), "torchvision/r3d_18": (3, 8, 32, 32)}
-# Attention over blocks of the map: their sizes must divide it.
-SIZES |= {name: (3, 256, 256) for name in (*timm.list_models(module="byoanet"), "bat_resnext26ts")}
 SIZES |= {f"torchvision/{name}": (3, 8, 32, 32) for name in ("mc3_18", "r2plus1d_18")}
+# Attention over blocks of the map: their sizes must divide it, so the configured input is taken.
+BLOCKWISE = {*timm.list_models(module="byoanet"), "bat_resnext26ts"}
 
 
 def small_size(name, model):
     config = getattr(model, "pretrained_cfg", {})
     if name in SIZES:
         return SIZES[name]
-    if config.get("fixed_input_size"):
+    if name in BLOCKWISE or config.get("fixed_input_size"):
         return config["input_size"]
     return (3, 64, 64)
 
