@@ -74,16 +74,16 @@ class GateConv(nn.Module):
         Returns:
             One tensor of x's shape per gate.
         """
-        convolve = _CONVOLVE[self.dims]
+        convolve, n = _CONVOLVE[self.dims], self.channels
+        gates = [slice(gate * n, (gate + 1) * n) for gate in range(self.gates)]
         if self.mix is None:
             stacked = convolve(torch.cat([x, h], 1), self.weight, self.bias, padding=1)
-            return stacked.chunk(self.gates, 1)
-        from_x, from_h = self.mix.unbind(1)
-        split = [part.chunk(self.gates) for part in (from_x, from_h, self.weight, self.bias)]
+            return tuple(stacked[:, gate] for gate in gates)
+        from_x, from_h = self.mix[:, 0], self.mix[:, 1]
         # Gate by gate: stacked maps of G*C channels cost more to allocate than to compute.
         return tuple(
-            convolve(x * x_mix + h * h_mix, taps, bias, padding=1, groups=self.channels)
-            for x_mix, h_mix, taps, bias in zip(*split, strict=True)
+            convolve(x * from_x[gate] + h * from_h[gate], self.weight[gate], self.bias[gate], padding=1, groups=n)
+            for gate in gates
         )
 
     def extra_repr(self) -> str:

@@ -115,7 +115,7 @@ def _holder(bare: nn.Module, run: list[Site]) -> _Holder:
 def _tried(bare: nn.Module, path: str, method: str, call: Call | None, run: list[Site]) -> _Holder | None:
     """The holder, if the module's method can be traced and runs the blocks."""
     module = bare.get_submodule(path)
-    if not hasattr(module, method):
+    if not hasattr(module, method) or (method != "forward" and not _forward_calls(module, method)):
         return None
     opened = opened_paths([site.block for site in run], path)
     # What a module is called with is known of its forward alone.
@@ -127,6 +127,28 @@ def _tried(bare: nn.Module, path: str, method: str, call: Call | None, run: list
     called = {join(path, str(node.target)) for node in made.graph.nodes if node.op == "call_module"}
     complete = {site.block.write for site in run} <= called
     return _Holder(path, method, tuple(fixed.items())) if complete else None
+
+
+class _ReachedError(Exception):
+    """Raised in place of a method's body."""
+
+
+def _forward_calls(module: nn.Module, method: str) -> bool:
+    """Whether a skeleton's forward goes through another of its methods."""
+
+    def reached(*args: Any, **kwargs: Any) -> None:
+        raise _ReachedError
+
+    vars(module)[method] = reached
+    try:
+        trace(module)
+    except _ReachedError:
+        return True
+    except Exception:
+        return False
+    finally:
+        del vars(module)[method]
+    return False
 
 
 def opened_paths(blocks: Sequence[Block], holder: str) -> set[str]:

@@ -88,6 +88,7 @@ def _subclass(original: type[nn.Module], rewrite: Rewrite, code: Code) -> type[n
     """A class like `original` that runs `code`; it is never looked up by name, pickling goes by `_restore`."""
     base = RegulatedStage if issubclass(original, nn.Sequential) else original
     members = {
+        **_own_members(original),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
@@ -104,6 +105,14 @@ def _subclass(original: type[nn.Module], rewrite: Rewrite, code: Code) -> type[n
         "__reduce_ex__": _reduce_ex,
     }
     return type(base.__name__, (base,), members)
+
+
+def _own_members(original: type[nn.Module]) -> dict[str, Any]:
+    """What a subclass of nn.Sequential has beyond it: those methods and attributes stay."""
+    if not issubclass(original, nn.Sequential):
+        return {}
+    above = original.__mro__[: original.__mro__.index(nn.Sequential)]
+    return {name: value for cls in reversed(above) for name, value in vars(cls).items() if not name.startswith("__")}
 
 
 def _run(self: Any, *args: Any, **kwargs: Any) -> Any:

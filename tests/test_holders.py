@@ -89,6 +89,39 @@ def test_a_module_list_network():
     assert type(unregulate(regulated)) is Loop
 
 
+class Named(nn.Sequential):
+    """A container of somebody's own."""
+
+    kind = "named"
+
+    def widths(self):
+        return [block.conv1.out_channels for block in self]
+
+
+def test_a_subclass_of_sequential_keeps_its_own_methods():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Named(*(CifarBlock(8, 8, 1, "B", 0) for _ in range(2))))
+    stage = regulate(model)[1]
+    assert (stage.widths(), stage.kind, len(stage), type(stage).__name__) == ([8, 8], "named", 2, "RegulatedStage")
+
+
+class Detour(Loop):
+    """Has a `forward_features` that its forward does not use."""
+
+    def forward_features(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_the_method_that_is_rewritten_is_one_that_forward_runs():
+    model = perturb(Detour(), [(torch.randn(4, 3, 12, 12),)] * 2).eval()
+    assert [s.method for s in plan(model).stages] == ["forward"]
+    x = torch.randn(2, 3, 9, 11)
+    with torch.no_grad():
+        assert distance(model(x), regulate(model)(x)) < 1e-5
+
+
 def test_several_stages_under_one_module():
     model = trained("dpn68")
     drawn = plan(model)
