@@ -56,12 +56,12 @@ def digits(batch: int, seed: int) -> Data:
     )
 
 
-def folder(directory: str, model: nn.Module | None, name: str, batch: int, workers: int) -> Data:
+def folder(directory: str, name: str, batch: int, workers: int) -> Data:
     """An image folder through timm's own datasets, transforms and loaders."""
     import timm
     from timm.data import create_dataset, create_loader, resolve_data_config
 
-    config = resolve_data_config({}, model=model or timm.create_model(name, pretrained=False))
+    config = resolve_data_config({}, model=timm.create_model(name))
     loaders = []
     for split in ("train", "validation"):
         data = create_dataset("", root=directory, split=split)
@@ -149,7 +149,7 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Data]:
         return cifar_resnet(20, in_channels=1), digits(args.batch, args.seed)
     import timm
 
-    data = folder(args.data, None, args.model, args.batch, args.workers)
+    data = folder(args.data, args.model, args.batch, args.workers)
     return timm.create_model(args.model, pretrained=args.pretrained, num_classes=data.classes), data
 
 

@@ -116,8 +116,8 @@ def plan(
     Args:
         model: see `regulate`.
         cell: see `regulate`; likewise the keywords that are not explained here.
-        input_size: H = W, (H, W) or (C, H, W) in pixels, for grids and multiply-adds; by default timm's
-            `pretrained_cfg`, else 224.
+        input_size: H = W, (H, W), (C, H, W) or (C, D, H, W) in pixels, for grids and multiply-adds; by default
+            timm's `pretrained_cfg`, else 224.
         kernel: see `regulate`.
         fusion: see `regulate`.
         init: see `regulate`.

@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(f"--{option}", default=allowed[0], choices=allowed)
         sub.add_argument("--stages", nargs="+", help="names or 0-based indices")
         sub.add_argument("--seed", type=int)
-        sub.add_argument("--size", type=int, nargs="+", help="height and width in pixels, or one number for both")
+        sub.add_argument("--size", type=int, nargs="+", help="height and width, or one number for both; video: three")
         sub.add_argument("--pretrained", action="store_true", help="with the library's pretrained weights")
         sub.add_argument("--json", action="store_true", help="JSON instead of text")
     return parser
@@ -95,7 +95,8 @@ def _plan(args: argparse.Namespace) -> int:
 def _grid(size: list[int] | None) -> tuple[int, ...] | None:
     if not size:
         return None
-    return (size[0], size[0]) if len(size) == 1 else tuple(size)
+    # Three numbers are depth, height and width; draw() takes a channel count before them.
+    return {1: (*size, *size), 2: tuple(size)}.get(len(size), (3, *size))
 
 
 def _verify(args: argparse.Namespace) -> int:

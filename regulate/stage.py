@@ -94,11 +94,8 @@ def _subclass(original: type[nn.Module], rewrite: Rewrite, code: Code) -> type[n
         "__doc__": base.__doc__,
         MARK: rewrite,
         "_regulate_original": original,
-        "_regulate_code": code,
-        "_regulated_eval": code.regulated[False],
-        "_regulated_train": code.regulated[True],
-        "_plain_eval": code.plain[False],
-        "_plain_train": code.plain[True],
+        "_run_evaluating": code.evaluating,
+        "_run_training": code.training,
         rewrite.method: _run,
         "__copy__": _copy,
         "__deepcopy__": _deepcopy,
@@ -117,7 +114,7 @@ def _own_members(original: type[nn.Module]) -> dict[str, Any]:
 
 def _run(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Runs the holder's new code; honours timm's gradient checkpointing flag, as the original would."""
-    run = self._regulated_train if self.training else self._regulated_eval
+    run = self._run_training if self.training else self._run_evaluating
     if getattr(self, "grad_checkpointing", False) and torch.is_grad_enabled():
         return checkpoint(run, *args, use_reentrant=False, **kwargs)
     return run(*args, **kwargs)

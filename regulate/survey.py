@@ -64,7 +64,7 @@ def wished_size(model: nn.Module, input_size: int | Sequence[int] | None) -> tup
     if isinstance(input_size, int):
         return (input_size, input_size)
     if input_size is not None:
-        return tuple(input_size)[-3:][1:] if len(input_size) > 2 else tuple(input_size)
+        return tuple(input_size)[1:] if len(input_size) > 2 else tuple(input_size)
     config = getattr(model, "pretrained_cfg", None)
     known = config.get("input_size") if isinstance(config, dict) else getattr(config, "input_size", None)
     return tuple(known)[1:] if known else None
@@ -106,9 +106,13 @@ def survey(bare: nn.Module, config: RegulatorConfig, wished: tuple[int, ...] | N
 
 def _measured(made: Trace, wished: tuple[int, ...] | None) -> tuple[Shapes, tuple[int, ...], int]:
     """Shapes, the image size they hold for, and the multiply-adds of one image."""
-    first = next(m for node in made.graph.nodes if isinstance(m := made.module(node), _ConvNd))
+    first = next((m for node in made.graph.nodes if isinstance(m := made.module(node), _ConvNd)), None)
+    if first is None:
+        raise ValueError("it calls no convolution that can be seen")
     dims = len(first.kernel_size)
-    grid = wished if wished and len(wished) == dims else _DEFAULT_GRID[dims]
+    grid = wished or _DEFAULT_GRID[dims]
+    if len(grid) != dims:
+        raise ValueError(f"its convolutions have {dims} spatial axes, the input {len(grid)}")
     failure: Exception | None = None
     # What a network takes is what its first convolution takes, unless something rearranges the image before.
     for channels in dict.fromkeys((first.in_channels, 3, 1)):

@@ -10,8 +10,8 @@ import sys
 import pytest
 from timm import create_model
 
-from regulate import Plan, RegulatorConfig, plan, regulate
-from regulate.cli import main
+from regulate import NoBlocksError, Plan, RegulatorConfig, plan, regulate
+from regulate.cli import load_model, main
 from regulate.guard import regulators
 from regulate.models import cifar_resnet
 
@@ -60,6 +60,13 @@ def test_plan_of_resnet50():
         assert part in text
 
 
+def test_the_zero_padding_shortcut_counts_as_a_shortcut():
+    for shortcut, parameters in (("A", 269_722), ("B", 272_474)):
+        drawn = plan(cifar_resnet(20, shortcut=shortcut))
+        assert [len(stage.blocks) for stage in drawn.stages] == [3, 3, 3]
+        assert drawn.base_parameters == parameters
+
+
 def test_plan_counts_what_regulate_makes():
     for options in (
         {},
@@ -81,6 +88,11 @@ def test_input_size_decides_the_grid():
     assert plan(model, input_size=96).stages[0].grid == (24, 24)
     assert plan(model, input_size=(97, 131)).stages[0].grid == (25, 33)
     assert plan(model, input_size=(3, 64, 96)).stages[0].grid == (16, 24)
+    video = load_model("torchvision/r3d_18")
+    assert plan(video).input_size == (3, 16, 112, 112)
+    assert plan(video, input_size=(3, 8, 64, 64)).stages[0].grid == (8, 32, 32)
+    with pytest.raises(NoBlocksError, match="3 spatial axes, the input 2"):
+        plan(video, input_size=64)
     assert plan(create_model("resnet18", in_chans=1)).input_size == (1, 224, 224)
     assert plan(create_model("ecaresnet26t")).input_size == (3, 256, 256)
 
@@ -138,8 +150,14 @@ def test_cli_verify_passes(capsys):
     figures = json.loads(out)
     assert code == 0
     assert figures["blocks"] == 8
-    assert 0 < figures["eval_error"] < 1e-5
+    assert 0 <= figures["eval_error"] < 1e-5
     assert figures["without_gradient"] == []
+
+
+def test_cli_verify_takes_video(capsys):
+    code, out, _ = run(capsys, "verify", "torchvision/r3d_18", "--size", "8", "32", "32")
+    assert code == 0
+    assert "input 3x8x32x32" in out
 
 
 def test_cli_verify_fails_where_identity_or_gradients_are_missing(capsys):

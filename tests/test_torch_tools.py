@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import fx
 
+from regulate import UnsupportedModelError, regulate, regulator_parameters
+
 from .helpers import network, stirred
 
 NAMES = ["resnet18", "torchvision/resnet50", "legacy_xception", "dpn48b", "regnety_002"]
@@ -46,8 +48,12 @@ def test_data_parallel_wrappers_come_after(tmp_path):
     try:
         model = stirred(network("resnet18")).train()
         for wrap in (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel):
-            torch.nn.Module.zero_grad(model)
-            wrap(model)(X).square().mean().backward()
+            model.zero_grad()
+            wrapped = wrap(model)
+            wrapped(X).square().mean().backward()
+            assert len(list(regulator_parameters(wrapped))) == len(list(regulator_parameters(model)))
+            with pytest.raises(UnsupportedModelError, match=r"regulate model\.module"):
+                regulate(wrap(network("resnet18")))
             assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     finally:
         torch.distributed.destroy_process_group()
