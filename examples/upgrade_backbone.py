@@ -111,14 +111,16 @@ def predictions(model: nn.Module, data: Data, device: torch.device) -> tuple[Ten
 
 
 def draw_curves(path: Path, before: list[float], curves: dict[str, list[float]]) -> None:
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, (whole, close) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     start = len(before)
-    axis.plot(range(1, start + 1), before, color="grey", label="training")
-    for label, curve in curves.items():
-        axis.plot(range(start, start + len(curve) + 1), [before[-1], *curve], marker="o", label=label)
-    axis.axvline(start, color="lightgrey", linewidth=1)
-    axis.set(xlabel="epoch", ylabel="test accuracy (%)", title="Fine-tuning, regulated and plain")
-    axis.legend()
+    whole.plot(range(1, start + 1), before, color="grey", label="training")
+    for (label, curve), style in zip(curves.items(), ("o-", "s--"), strict=True):
+        for axis in (whole, close):
+            axis.plot(range(start, start + len(curve) + 1), [before[-1], *curve], style, label=label)
+    for axis, title in ((whole, "Training and fine-tuning"), (close, "Fine-tuning alone")):
+        axis.axvline(start, color="lightgrey", linewidth=1)
+        axis.set(xlabel="epoch", ylabel="test accuracy (%)", title=title)
+        axis.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

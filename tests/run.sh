@@ -1,6 +1,6 @@
 #!/bin/sh
 # The tests on a fresh machine: sets up a virtual environment, then runs everything but the whole zoo.
-# VENV names another environment; arguments go to pytest (`-m zoo` runs the whole zoo).
+# VENV names another environment; arguments go to pytest (`-m "zoo or not zoo"`: all).
 set -eu
 cd "$(dirname "$0")/.."
 VENV=${VENV:-.venv}

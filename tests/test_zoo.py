@@ -1,4 +1,4 @@
-"""Every architecture of tests/zoo.py, one by one. The sample runs always, all of them with `-m zoo`.
+"""Every architecture of tests/zoo.py, one by one. The sample runs always, the others with `-m zoo`.
 
 With REGULATE_ZOO_RESULTS=DIR each case leaves its figures in DIR; tests/models_page.py makes docs/models.md of them.
 """
