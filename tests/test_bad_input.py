@@ -198,3 +198,17 @@ def test_a_warning_where_regulators_outweigh_the_network():
     with pytest.raises(UserWarning, match="regulators add"):
         regulate(create_model("efficientnet_b0"))
     regulate(create_model("resnet18"))
+
+
+def test_two_additions_in_one_module_are_left_alone():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
+
+        def forward(self, x):
+            x = x + self.convs[1](torch.relu(self.convs[0](x)))
+            return x + self.convs[3](torch.relu(self.convs[2](x)))
+
+    with pytest.raises(NoBlocksError, match="2 residual additions stand in this one module"):
+        regulate(nn.Sequential(nn.Conv2d(3, 3, 1), Twice()))

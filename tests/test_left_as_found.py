@@ -97,3 +97,9 @@ def test_calibrate_leaves_backbone_and_modes():
     assert all("regulator.mix_norm" in key for key in changed)
     assert {name: m.training for name, m in model.named_modules()} == modes
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_stages_of_one_width_start_differently():
+    state = regulator_state_dict(regulate(load_model("dla34"), seed=1))
+    mixes = [value for key, value in state.items() if key.endswith("regulator.cell.gates.mix")]
+    assert not torch.equal(mixes[0][:64], mixes[1][:64])
