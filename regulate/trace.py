@@ -83,13 +83,13 @@ class _Tracer(fx.Tracer):
         path = self.path_of_module(m)
         if not self.opens(m, path):
             return self.create_proxy("call_module", path, args, kwargs)
-        known = set(self.graph.nodes)
+        before = len(self.graph.nodes)
         self.stack.append(path)
         try:
             result = forward(*args, **kwargs)
         except Exception as error:
             # What cannot be opened stays closed: unwind its half-made nodes and call it as a whole.
-            for node in reversed([node for node in self.graph.nodes if node not in known]):
+            for node in reversed(list(self.graph.nodes)[before:]):
                 self.graph.erase_node(node)
             self.closed[path] = first_line(error)
             self.calls = {name: made for name, made in self.calls.items() if not _inside(name, path)}

@@ -165,11 +165,22 @@ def test_a_model_on_the_meta_device_works():
     assert torch.equal(regulated.eval()(x), real.eval()(x))
 
 
+class Twice(nn.Module):
+    """Two residual additions in one forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
+
+    def forward(self, x):
+        x = x + self.convs[1](torch.relu(self.convs[0](x)))
+        return x + self.convs[3](torch.relu(self.convs[2](x)))
+
+
 def test_blocks_that_are_left_alone_have_a_reason():
     class Shared(nn.Module):
         def __init__(self):
             super().__init__()
-            self.stem = nn.Conv2d(3, 8, 3, padding=1)
             self.block = cifar_resnet(8).layer1[0]
             self.stem = nn.Conv2d(3, 16, 3, padding=1)
 
@@ -180,17 +191,8 @@ def test_blocks_that_are_left_alone_have_a_reason():
     with pytest.raises(NoBlocksError, match="called more than once"):
         regulate(Shared())
 
-    class Flat(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
-
-        def forward(self, x):
-            x = x + self.convs[1](torch.relu(self.convs[0](x)))
-            return x + self.convs[3](torch.relu(self.convs[2](x)))
-
     with pytest.raises(NoBlocksError, match="not a module of its own"):
-        regulate(Flat())
+        regulate(Twice())
 
 
 @pytest.mark.filterwarnings("error")
@@ -201,14 +203,5 @@ def test_a_warning_where_regulators_outweigh_the_network():
 
 
 def test_two_additions_in_one_module_are_left_alone():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
-
-        def forward(self, x):
-            x = x + self.convs[1](torch.relu(self.convs[0](x)))
-            return x + self.convs[3](torch.relu(self.convs[2](x)))
-
     with pytest.raises(NoBlocksError, match="2 residual additions stand in this one module"):
         regulate(nn.Sequential(nn.Conv2d(3, 3, 1), Twice()))

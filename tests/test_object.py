@@ -12,7 +12,8 @@ import torch
 from timm import create_model
 from torch import nn
 
-from regulate import BlockCallError, RegulatorConfig, is_regulated, regulate, unregulate
+from regulate import BlockCallError, RegulatorConfig, is_regulated, regulate, regulator_parameters, unregulate
+from regulate.identity import is_settled
 
 from .helpers import network, stir, stirred
 
@@ -276,3 +277,19 @@ def test_a_cell_of_the_users_own():
     with pytest.raises(TypeError, match="callable"):
         RegulatorConfig(cell=Sum).to_dict()
     assert pickle.loads(pickle.dumps(RegulatorConfig(cell="gru"))) == RegulatorConfig(cell="gru")
+
+
+def test_timms_init_weights_overwrites_the_start():
+    model = regulate(create_model("resnet18"))
+    assert is_settled(model.layer1[0].regulator)
+    model.init_weights()
+    assert not is_settled(model.layer1[0].regulator)
+
+
+def test_an_optimizer_built_before_takes_the_new_parameters_as_a_group():
+    model = network("resnet18")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    regulate(model, inplace=True)
+    optimizer.add_param_group({"params": list(regulator_parameters(model))})
+    known = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in known} == {id(p) for p in model.parameters()}
