@@ -8,11 +8,13 @@ Classification", arXiv 2101.00590): same class, same weights, same outputs until
 from .api import plan, regulate, regulator_parameters, regulator_state_dict, unregulate
 from .calibrate import calibrate
 from .cells import ConvGRUCell, ConvLSTMCell, ConvRNNCell
+from .checkpoint import load, save
 from .config import RegulatorConfig
 from .errors import (
     AlreadyRegulatedError,
     BlockCallError,
     CalibrationError,
+    CheckpointError,
     NoBlocksError,
     NotRegulatedError,
     RegulateError,
@@ -22,6 +24,8 @@ from .errors import (
 from .freeze import freeze_backbone
 from .guard import is_regulated
 from .plan import Block, Plan, Skipped, Stage
+from .pretrained import from_pretrained, save_pretrained
+from .switch import disabled
 
 __version__ = "0.1.0"
 
@@ -31,6 +35,11 @@ __all__ = [
     "is_regulated",
     "plan",
     "calibrate",
+    "disabled",
+    "save",
+    "load",
+    "save_pretrained",
+    "from_pretrained",
     "freeze_backbone",
     "regulator_parameters",
     "regulator_state_dict",
@@ -50,5 +59,6 @@ __all__ = [
     "NotRegulatedError",
     "BlockCallError",
     "CalibrationError",
+    "CheckpointError",
     "__version__",
 ]

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from .build import build_stage
+from .apply import prepare
 from .config import RegulatorConfig
-from .guard import check_regulated, holders, regulators
+from .errors import UnsupportedModelError
+from .guard import MARK, check_regulated, holders, regulators
 from .plan import Plan
 from .planner import draw
-from .splice import generate, rewrites
-from .stage import install, uninstall
-from .trace import join
+from .stage import uninstall
 
 Cell = str | Callable[[int], nn.Module]
 
@@ -44,8 +42,9 @@ def regulate(
     `<first block of the stage>.regulator.cell`. Hidden state starts at zero in every forward pass.
 
     Args:
-        model: an image network, input (N, C, H, W), of timm, torchvision or your own. Left untouched
-            unless `inplace`. Residual blocks are found by dataflow, see docs/how-it-works.md.
+        model: an image network, input (N, C, H, W), of timm, torchvision or your own, also inside
+            `nn.DataParallel` or `torch.compile`, which stay around it. Left untouched unless `inplace`.
+            Residual blocks are found by dataflow, see docs/how-it-works.md.
         cell: `"rnn"` (Eq. (1)), `"gru"`, `"lstm"`, or a callable `channels -> nn.Module` that follows the
             cell protocol of `regulate.cells`.
         kernel: `"light"`, the paper's grouped 1x1 and depthwise 3x3, or `"dense"`, a full 3x3.
@@ -65,7 +64,8 @@ def regulate(
     Raises:
         NoBlocksError: there is no residual block to regulate.
         UnknownStageError: `stages` names one that is not there; the message lists those that are.
-        UnsupportedModelError: a wrapper, a compiled or scripted model, a GraphModule, no module.
+        UnsupportedModelError: DistributedDataParallel or FSDP is around it already, it is a scripted model, a
+            GraphModule, or no module.
         AlreadyRegulatedError: the model has regulators.
         ValueError, TypeError: an option has a wrong value, or `config` came with other options.
 
@@ -81,19 +81,7 @@ def regulate(
     options = _options(cell, kernel, fusion, init, norm, stages, seed, config)
     drawn = draw(model, options)
     drawn.warn_if_wide()
-    work = rewrites(drawn)
-    codes = {path: generate(model.get_submodule(path), rewrite) for path, rewrite in work.items()}
-    built = {
-        block.name: fused
-        for stage in drawn.stages
-        for block, fused in zip(stage.blocks, build_stage(model, stage, options), strict=True)
-    }
-    # From here on nothing can fail.
-    target = model if inplace else copy.deepcopy(model)
-    for path, rewrite in work.items():
-        fusions = {block.name: built[join(path, block.name)] for block in rewrite.blocks}
-        install(target.get_submodule(path), rewrite, codes[path], fusions)
-    return target
+    return prepare(model, drawn, options).install(model, inplace)
 
 
 def plan(
@@ -154,6 +142,7 @@ def unregulate(model: nn.Module) -> nn.Module:
 
     Raises:
         NotRegulatedError: there are no regulators.
+        UnsupportedModelError: another tool has changed the class of a holder since.
 
     Example:
         >>> from torchvision.models import resnet18
@@ -161,7 +150,14 @@ def unregulate(model: nn.Module) -> nn.Module:
         False
     """
     check_regulated(model)
-    for _, holder in list(holders(model)):
+    held = list(holders(model))
+    for path, holder in held:
+        if MARK not in vars(type(holder)):
+            raise UnsupportedModelError(
+                f"another tool, such as fully_shard or parametrize, has changed the class of {path or 'the model'} "
+                f"since it was regulated, to {type(holder).__name__}; undo that first"
+            )
+    for _, holder in held:
         uninstall(holder)
     return model
 

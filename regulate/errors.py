@@ -35,6 +35,10 @@ class CalibrationError(RegulateError, ValueError):
     """`calibrate` was called on a network that is trained already, or without usable data."""
 
 
+class CheckpointError(RegulateError, ValueError):
+    """A checkpoint is damaged, foreign, of a newer format, or does not fit the model."""
+
+
 def first_line(error: Exception) -> str:
     """The first sentence of an error's message, for a reason in a plan."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -227,6 +227,10 @@ def _way(flow: Dataflow, fork: fx.Node, shortcut: fx.Node, end: fx.Node) -> _Way
     # In a dual path network the fork lies blocks above, where the dense path began: what the
     # shortcut itself has passed is not this block's branch.
     branch = flow.ancestors(end, fork) - flow.ancestors(shortcut, fork)
+    # Where the two paths travel apart from each other, they meet again at the block's entry, beside the shortcut.
+    meeting = [node for node in flow.chain(end) if node in branch and shortcut in flow.parents[node]]
+    if meeting and shortcut is not fork:
+        branch = flow.ancestors(end, meeting[-1])
     return _Way(cost, path, branch, end) if flow.longest(branch) >= 2 else None
 
 

@@ -13,6 +13,9 @@ from .errors import AlreadyRegulatedError, NotRegulatedError, UnsupportedModelEr
 # Set on the class of a rewritten holder: its `splice.Rewrite`.
 MARK = "_regulate_rewrite"
 
+# What FSDP and FSDP2 make of a module, by class name: where these live differs from one torch to the next.
+_SHARDED = ("FullyShardedDataParallel", "FSDPModule")
+
 
 def holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Path and module of everything in the model that was rewritten."""
@@ -50,21 +53,39 @@ def check_regulated(model: nn.Module) -> None:
         )
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside nn.DataParallel, DistributedDataParallel and torch.compile, at any depth."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # torch.compile's wrapper has no public class
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
 def check_model(model: Any) -> None:
-    """Raises the fitting error for anything that is not a plain model without regulators."""
-    name = type(model).__name__
+    """Raises the fitting error for anything that is not a model without regulators.
+
+    nn.DataParallel and torch.compile keep nothing that depends on the model's parameters, so they can stay
+    around a model while it is rewritten. DistributedDataParallel and FSDP do.
+    """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
-            f"regulate takes an nn.Module, got {name}; build the model first and pass the instance"
+            f"regulate takes an nn.Module, got {type(model).__name__}; build the model first and pass the instance"
         )
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise UnsupportedModelError(
-            f"regulate takes the model itself, got it wrapped in {name}; regulate model.module and wrap the result"
+            "DistributedDataParallel registers the parameters that it averages when it is built, so regulate comes "
+            "before it, and this model is wrapped already; call DistributedDataParallel(regulate(ddp.module))"
         )
-    if hasattr(model, "_orig_mod"):
+    if any(base.__name__ in _SHARDED for module in model.modules() for base in type(module).__mro__):
         raise UnsupportedModelError(
-            f"regulate takes the model itself, got a compiled {name}; regulate the model before torch.compile"
+            "FSDP shards the parameters that it finds, so regulate comes before it, and this model is sharded already; "
+            "build the model anew, regulate it, then call fully_shard on its stages"
         )
+    model = unwrapped(model)
+    name = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedModelError(
             "regulate reads Python code, got a ScriptModule; regulate the model before torch.jit"

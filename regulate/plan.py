@@ -55,6 +55,7 @@ class Stage:
         holder: path of the smallest module that runs all its blocks; empty for the model itself.
         method: the holder's method that runs them.
         fixed: arguments of that method that are constants in this network, by name.
+        opened: paths of the modules whose code becomes part of the holder's.
         blocks: the blocks, in forward order.
         grid: spatial size at the write points for the plan's input size.
         parameters: new parameters, those of the shared cell included.
@@ -66,6 +67,7 @@ class Stage:
     holder: str
     method: str
     fixed: tuple[tuple[str, Any], ...]
+    opened: tuple[str, ...]
     blocks: tuple[Block, ...]
     grid: tuple[int, ...]
     parameters: int
@@ -166,7 +168,8 @@ def stage_from_dict(values: Mapping[str, Any]) -> Stage:
         for block in values["blocks"]
     )
     fixed = tuple((name, value) for name, value in values["fixed"])
-    return Stage(**{**values, "blocks": blocks, "grid": tuple(values["grid"]), "fixed": fixed})
+    listed = {name: tuple(values[name]) for name in ("grid", "opened")}
+    return Stage(**{**values, **listed, "blocks": blocks, "fixed": fixed})
 
 
 def _listed(value: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import fx, nn
 from .build import build_cell, build_fusion
 from .config import RegulatorConfig
 from .errors import NoBlocksError, UnknownStageError
-from .guard import check_model
+from .guard import check_model, unwrapped
 from .plan import Block, Plan, Skipped, Stage
 from .skeleton import skeleton
 from .survey import Site, common_prefix, survey, wished_size
@@ -24,6 +24,7 @@ from .trace import Call, constants, is_convolution, join, trace
 def draw(model: nn.Module, config: RegulatorConfig, input_size: int | Sequence[int] | None = None) -> Plan:
     """Plans the rewrite of a model under a config; see `regulate.plan`."""
     check_model(model)
+    model = unwrapped(model)
     bare = skeleton(model)
     seen = survey(bare, config, wished_size(model, input_size))
     if not seen.sites:
@@ -93,6 +94,7 @@ class _Holder:
     path: str
     method: str = ""
     fixed: tuple[tuple[str, Any], ...] = ()
+    opened: tuple[str, ...] = ()
 
 
 def _holder(bare: nn.Module, run: list[Site]) -> _Holder:
@@ -117,7 +119,7 @@ def _tried(bare: nn.Module, path: str, method: str, call: Call | None, run: list
     module = bare.get_submodule(path)
     if not hasattr(module, method) or (method != "forward" and not _forward_calls(module, method)):
         return None
-    opened = opened_paths([site.block for site in run], path)
+    opened = _opened(path, run)
     # What a module is called with is known of its forward alone.
     fixed = constants(module, method, call if method == "forward" else None)
     try:
@@ -126,7 +128,8 @@ def _tried(bare: nn.Module, path: str, method: str, call: Call | None, run: list
         return None
     called = {join(path, str(node.target)) for node in made.graph.nodes if node.op == "call_module"}
     complete = {site.block.write for site in run} <= called
-    return _Holder(path, method, tuple(fixed.items())) if complete else None
+    paths = tuple(sorted(join(path, at) for at in opened))
+    return _Holder(path, method, tuple(fixed.items()), paths) if complete else None
 
 
 class _ReachedError(Exception):
@@ -151,14 +154,33 @@ def _forward_calls(module: nn.Module, method: str) -> bool:
     return False
 
 
-def opened_paths(blocks: Sequence[Block], holder: str) -> set[str]:
-    """The modules to look into, relative to the holder: those above a read or write point."""
-    opened = set()
-    for block in blocks:
-        for point in (block.read, block.write):
-            parts = point[len(holder) :].lstrip(".").split(".")
-            opened |= {".".join(parts[:depth]) for depth in range(1, len(parts))}
+def _opened(holder: str, run: list[Site]) -> set[str]:
+    """The modules to look into, relative to the holder: those above a read or write point.
+
+    Where one of them takes a tuple, its code may ask for it, and a closed module would hand it a single
+    symbol in the tuple's place: then those that return one are opened as well.
+    """
+    points = {point for site in run for point in (site.block.read, site.block.write)}
+    opened = {above for point in points for above in _above(point, holder)}
+    site = run[0]
+    inside = {
+        path: calls
+        for at, calls in site.flow.traced.calls.items()
+        if (path := join(site.root, at)) != holder and path.startswith(holder and f"{holder}.")
+    }
+    if any(_is_tuple(arg) for at in opened for call in inside.get(join(holder, at), []) for arg in call.args):
+        makers = [path for path, calls in inside.items() if any(_is_tuple(call.result) for call in calls)]
+        opened |= {above for path in makers for above in _above(f"{path}.", holder)}
     return opened
+
+
+def _above(point: str, holder: str) -> list[str]:
+    parts = point[len(holder) :].lstrip(".").split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
+
+
+def _is_tuple(value: Any) -> bool:
+    return isinstance(value, tuple | list)
 
 
 def _named(config: RegulatorConfig, runs: list[tuple[list[Site], _Holder]]) -> list[Stage]:
@@ -168,7 +190,7 @@ def _named(config: RegulatorConfig, runs: list[tuple[list[Site], _Holder]]) -> l
         blocks = tuple(site.block for site in run)
         name = holder.path if holder.path and held[holder.path] == 1 else blocks[0].name
         parameters, macs = _count(config, blocks, math.prod(run[0].grid))
-        place = (holder.path, holder.method, holder.fixed)
+        place = (holder.path, holder.method, holder.fixed, holder.opened)
         stages.append(Stage(name, index, *place, blocks, run[0].grid, parameters, macs))
     return stages
 

@@ -15,7 +15,6 @@ from torch import fx, nn
 
 from .find import entering
 from .plan import Block, Plan, Stage
-from .planner import opened_paths
 from .skeleton import skeleton
 from .trace import trace
 
@@ -46,18 +45,21 @@ class Rewrite:
     @property
     def opened(self) -> set[str]:
         """The modules whose code becomes part of the holder's."""
-        return opened_paths(self.blocks, "")
+        return {path for stage in self.stages for path in stage.opened}
 
 
 @dataclass(frozen=True)
 class Code:
-    """Generated functions of a holder, `run(holder, *inputs)`, for its two modes.
+    """Generated functions of a holder, `run(holder, *inputs)`: for its two modes, with regulators and without.
 
-    They differ only if the network's own code asks for `self.training` between its modules.
+    Those of the two modes differ only if the network's own code asks for `self.training` between its
+    modules.
     """
 
     evaluating: Run
     training: Run
+    plain_evaluating: Run
+    plain_training: Run
 
 
 def rewrites(plan: Plan) -> dict[str, Rewrite]:
@@ -76,7 +78,7 @@ def _relative(stage: Stage) -> Stage:
         return path[len(stage.holder) :].lstrip(".")
 
     blocks = tuple(replace(b, name=cut(b.name), read=cut(b.read), write=cut(b.write), sources=()) for b in stage.blocks)
-    return replace(stage, blocks=blocks)
+    return replace(stage, blocks=blocks, opened=tuple(cut(path) for path in stage.opened))
 
 
 def generate(holder: nn.Module, rewrite: Rewrite) -> Code:
@@ -94,16 +96,23 @@ def generate(holder: nn.Module, rewrite: Rewrite) -> Code:
     opened = rewrite.opened
     fixed = dict(rewrite.fixed)
 
-    def run(training: bool) -> Run:
+    def runs(training: bool) -> tuple[Run, Run]:
         bare.train(training)
         graph = trace(bare, lambda _, path: path in opened, method=rewrite.method, fixed=fixed, exits=True).graph
+        plain = _code(bare, graph, "Plain")
         for stage in rewrite.stages:
             _splice(graph, stage)
         graph.lint()
-        generated: Run = type(fx.GraphModule(bare, graph, class_name="Regulated")).forward
-        return generated
+        return _code(bare, graph, "Regulated"), plain
 
-    return Code(evaluating=run(False), training=run(True))
+    evaluating, plain_evaluating = runs(False)
+    training, plain_training = runs(True)
+    return Code(evaluating, training, plain_evaluating, plain_training)
+
+
+def _code(bare: nn.Module, graph: fx.Graph, name: str) -> Run:
+    generated: Run = type(fx.GraphModule(bare, graph, class_name=name)).forward
+    return generated
 
 
 def _seat(bare: nn.Module, rewrite: Rewrite) -> None:

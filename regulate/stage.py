@@ -15,6 +15,7 @@ from .errors import BlockCallError
 from .fusion import Fusion
 from .guard import MARK
 from .splice import Code, Rewrite, generate
+from .switch import is_off
 
 
 def pass_through(*args: Any, **kwargs: Any) -> Any:
@@ -94,8 +95,8 @@ def _subclass(original: type[nn.Module], rewrite: Rewrite, code: Code) -> type[n
         "__doc__": base.__doc__,
         MARK: rewrite,
         "_regulate_original": original,
-        "_run_evaluating": code.evaluating,
-        "_run_training": code.training,
+        # One by one: the dynamo of older versions follows functions of a class, not a record of them.
+        **{f"_run_{name}": function for name, function in vars(code).items()},
         rewrite.method: _run,
         "__copy__": _copy,
         "__deepcopy__": _deepcopy,
@@ -114,7 +115,10 @@ def _own_members(original: type[nn.Module]) -> dict[str, Any]:
 
 def _run(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Runs the holder's new code; honours timm's gradient checkpointing flag, as the original would."""
-    run = self._run_training if self.training else self._run_evaluating
+    if is_off(self):
+        run = self._run_plain_training if self.training else self._run_plain_evaluating
+    else:
+        run = self._run_training if self.training else self._run_evaluating
     if getattr(self, "grad_checkpointing", False) and torch.is_grad_enabled():
         return checkpoint(run, *args, use_reentrant=False, **kwargs)
     return run(*args, **kwargs)

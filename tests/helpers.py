@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+try:
+    from timm.optim import param_groups_layer_decay as param_groups_layer_decay
+except ImportError:  # timm before 1.0.12
+    from timm.optim.optim_factory import param_groups_layer_decay as param_groups_layer_decay
+
 from regulate import regulate
 from regulate.build import private_rng
 from regulate.cli import load_model

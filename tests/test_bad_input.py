@@ -40,8 +40,6 @@ def resnet():
 @pytest.mark.parametrize(
     ("make", "error", "says"),
     [
-        (lambda m: nn.DataParallel(m), UnsupportedModelError, "regulate model.module and wrap the result"),
-        (lambda m: torch.compile(m), UnsupportedModelError, "before torch.compile"),
         (lambda m: fx.symbolic_trace(m), UnsupportedModelError, "regulate the original network"),
         (
             lambda m: torch.jit.trace(m, torch.randn(1, 3, 64, 64), check_trace=False),

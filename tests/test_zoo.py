@@ -158,5 +158,7 @@ def test_drop_path_still_switches(name):
     perturb(model, [example_inputs(model, size, batch=4, seed=seed) for seed in (1, 2)])
     regulated = regulate(model)
     inputs = example_inputs(model, size)
+    if distance(run(model, inputs, True, 1), run(model, inputs, True, 2)) == 0:
+        pytest.skip(f"timm {timm.__version__} builds {name} without the drop path that it was asked for")
     assert distance(run(regulated, inputs, True, 1), run(regulated, inputs, True, 2)) > 1e-3
     assert distance(run(regulated, inputs, False, 1), run(regulated, inputs, False, 2)) == 0

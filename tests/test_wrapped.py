@@ -1,0 +1,121 @@
+"""regulate() on wrapped models, unregulate() under other tools."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from regulate import (
+    AlreadyRegulatedError,
+    UnsupportedModelError,
+    is_regulated,
+    plan,
+    regulate,
+    regulator_parameters,
+    unregulate,
+)
+
+from .helpers import network, stir, stirred
+
+X = torch.randn(2, 3, 64, 64)
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+WRAPS = {
+    "DataParallel": nn.DataParallel,
+    "torch.compile": compiled,
+    "both": lambda model: nn.DataParallel(compiled(model)),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_wrappers_that_can_stay_do(wrap, inplace):
+    model = network("torchvision/resnet18")
+    wrapped = wrap(model)
+    with torch.no_grad():
+        before = wrapped(X)  # so that a compiled one has compiled the old code
+        assert [s.name for s in plan(wrapped).stages] == ["layer1", "layer2", "layer3", "layer4"]
+        regulated = regulate(wrapped, inplace=inplace)
+        assert type(regulated) is type(wrapped)
+        assert (regulated is wrapped) == inplace == is_regulated(model)
+        assert torch.equal(regulated(X), before)
+        stir(regulated)
+        inner = regulated
+        while hasattr(inner, "module") or hasattr(inner, "_orig_mod"):
+            inner = getattr(inner, "module", None) or inner._orig_mod
+        assert type(inner) is type(model)
+        assert torch.allclose(regulated(X), inner(X), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(regulated(X), before, rtol=1e-2)
+        assert torch.equal(unregulate(regulated)(X), before)
+
+
+def test_a_compiled_method_is_compiled_anew():
+    model = network("torchvision/resnet18")
+    model.compile(backend="eager")
+    with torch.no_grad():
+        before = model(X)
+        stir(regulate(model, inplace=True))
+        fresh = copy.deepcopy(model)
+        assert torch.allclose(model(X), fresh(X), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(model(X), before, rtol=1e-2)
+
+
+@pytest.mark.parametrize("call", [plan, regulate])
+def test_a_wrapped_regulated_model_is_regulated(call):
+    with pytest.raises(AlreadyRegulatedError):
+        call(nn.DataParallel(regulate(network("resnet18"))))
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def distributed(model):
+    return nn.parallel.DistributedDataParallel(model)
+
+
+@pytest.mark.parametrize(
+    "wrap", [distributed, lambda m: compiled(distributed(m)), lambda m: nn.Sequential(distributed(m))]
+)
+def test_distributed_data_parallel_comes_after(wrap, one_process):
+    model = network("resnet18")
+    wrapped = wrap(model)
+    for inplace in (False, True):
+        with pytest.raises(UnsupportedModelError, match=r"DistributedDataParallel\(regulate\(ddp\.module\)\)"):
+            regulate(wrapped, inplace=inplace)
+    assert not is_regulated(model)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, distributed])
+def test_data_parallel_training_reaches_every_parameter(wrap, one_process):
+    model = stirred(network("resnet18")).train()
+    wrapped = wrap(model)
+    wrapped(X).square().mean().backward()
+    assert len(list(regulator_parameters(wrapped))) == len(list(regulator_parameters(model)))
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_unregulate_says_when_another_tool_has_changed_a_holder():
+    class Plus(nn.Module):
+        def forward(self, x):
+            return x + 1
+
+    model = regulate(network("resnet18"))
+    model.layer1.register_parameter("extra", nn.Parameter(torch.zeros(1)))
+    parametrize.register_parametrization(model.layer1, "extra", Plus())
+    with pytest.raises(UnsupportedModelError, match="layer1"):
+        unregulate(model)
+    assert is_regulated(model.layer2)
+    parametrize.remove_parametrizations(model.layer1, "extra")
+    assert not is_regulated(unregulate(model))
