@@ -49,9 +49,8 @@ def test_wrappers_that_can_stay_do(wrap, inplace):
         assert torch.equal(regulated(X), before)
         stir(regulated)
         inner = regulated
-        while hasattr(inner, "module") or hasattr(inner, "_orig_mod"):
-            inner = getattr(inner, "module", None) or inner._orig_mod
-        assert type(inner) is type(model)
+        while type(inner) is not type(model):
+            inner = inner.module if isinstance(inner, nn.DataParallel) else inner._orig_mod
         assert torch.allclose(regulated(X), inner(X), rtol=1e-5, atol=1e-5)
         assert not torch.allclose(regulated(X), before, rtol=1e-2)
         assert torch.equal(unregulate(regulated)(X), before)
