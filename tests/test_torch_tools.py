@@ -8,7 +8,8 @@ from torch import fx
 
 from .helpers import network, stirred
 
-NAMES = ["resnet18", "torchvision/resnet50", "legacy_xception", "dpn48b", "regnety_002"]
+# Of the families in docs/compatibility.md the tests of the uses take care.
+NAMES = ["legacy_xception", "regnety_002", "cifar/20"]
 X = torch.randn(2, 3, 64, 64)
 
 
@@ -33,9 +34,3 @@ def test_the_same_outputs(name, tool, kernel):
     model = stirred(network(name), cell="gru" if kernel == "dense" else "lstm", kernel=kernel, stages=[0])
     with torch.no_grad():
         assert torch.allclose(tool(model)(X), model(X), rtol=1e-4, atol=1e-4)
-
-
-def test_torch_jit_script_does_not_take_it():
-    """The day that this fails, README.md says too little."""
-    with pytest.raises((ValueError, RuntimeError)):
-        torch.jit.script(stirred(network("resnet18")))
