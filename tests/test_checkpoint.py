@@ -44,6 +44,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("only", [False, True])
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.use("save, load, switch", "save, load: bit-exact, whole and regulators alone")
 def test_a_round_trip_is_exact(name, only, tmp_path):
     base = network(name)
     model = stirred(base, cell="gru" if only else "lstm", fusion="residual" if only else "paper")
@@ -135,6 +136,7 @@ def test_what_goes_along_must_exist(also, only, error, tmp_path):
 
 
 @pytest.mark.parametrize("key", ["conv1.weight", "layer3.1.bn2.running_mean", "layer1.0.bn1.running_var", "fc.bias"])
+@pytest.mark.use("save, load, switch", "regulators alone on another backbone: CheckpointError")
 def test_another_backbone_is_an_error_that_says_where(key, tmp_path):
     base = network("torchvision/resnet18")
     save(stirred(base), tmp_path / "a", regulator_only=True)
@@ -346,12 +348,13 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_damaged_or_hostile_file_is_refused(name, good, tmp_path):
+@pytest.mark.use("save, load, switch", "damaged and hostile files: CheckpointError, model untouched")
+@pytest.mark.parametrize("kind", FILES)
+def test_a_damaged_or_hostile_file_is_refused(kind, good, tmp_path):
     path = tmp_path / "a"
     path.write_bytes(good.read_bytes())
-    FILES[name](path)
-    assert_refused(path, inplace=name != "wrong shape")
+    FILES[kind](path)
+    assert_refused(path, inplace=kind != "wrong shape")
 
 
 def test_the_good_file_is_not_refused(good):
@@ -377,6 +380,7 @@ save(regulate(load_model("resnet18"), "rnn"), sys.argv[1])
 """
 
 
+@pytest.mark.use("save, load, switch", "a killed process leaves the old file")
 def test_a_killed_process_leaves_the_old_file(good, tmp_path):
     path = tmp_path / "a"
     path.write_bytes(good.read_bytes())

@@ -193,6 +193,7 @@ def test_threads_do_not_mix():
 
 
 @pytest.mark.parametrize("way", ["direct", "pickled"])
+@pytest.mark.use("save, load, switch", "unregulate: keys, attributes, hooks, types")
 def test_unregulate_gives_the_original_back(way):
     model = network("resnet50")
     model.layer1.register_forward_hook(lambda *_: None)

@@ -18,6 +18,7 @@ X = torch.randn(2, 3, 64, 64)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "seresnext26d_32x4d", "legacy_xception", "dpn48b"])
+@pytest.mark.use("save, load, switch", "save_pretrained, from_pretrained (Hugging Face layout)")
 def test_a_round_trip_is_exact(name, tmp_path):
     model = stirred(network(name), cell="gru").train()
     save_pretrained(model, tmp_path / "new" / "folder")

@@ -18,6 +18,7 @@ NAMES = ["resnet18", "torchvision/resnet50", "legacy_xception", "inception_resne
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.use("save, load, switch", "with disabled(model): the outputs of the original, exactly")
 def test_outputs_are_the_originals(name):
     size = 96 if name.startswith("inception") else 64
     x = torch.randn(2, 3, size, size)
@@ -57,6 +58,7 @@ def test_no_cell_and_no_fusion_runs_and_hooks_of_blocks_do():
     assert ran == ["block"]
 
 
+@pytest.mark.use("save, load, switch", "with disabled(model): under torch.compile, without a break in the graph")
 def test_under_torch_compile():
     model = network("torchvision/resnet18")
     regulated = stirred(model)

@@ -59,7 +59,10 @@ def test_fsdp(name):
     same_losses("fsdp_stage")
 
 
-BLOCKS = "the stage runs its blocks' layers itself, so FSDP gathers a block's weights too late; shard by stage"
+BLOCKS = (
+    "the stage runs its blocks' layers itself, so FSDP gathers a block's weights too late "
+    "(pytorch/pytorch#109385); shard by stage"
+)
 
 
 @needs_fsdp2

@@ -100,7 +100,10 @@ def test_jit_trace(name):
         assert close(traced(X[:1]), model(X[:1]))
 
 
-SCRIPT = "it compiles the text of a class, and the new code is not in it; torch.jit.trace and torch.export work"
+SCRIPT = (
+    "it compiles the text of a class, and the new code is not in it; TorchScript is deprecated since torch 2.11 "
+    "(pytorch/pytorch#27475): torch.export and torch.jit.trace work"
+)
 
 
 @pytest.mark.filterwarnings("ignore")

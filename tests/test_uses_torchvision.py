@@ -48,7 +48,7 @@ def test_feature_extractor(name):
 
 SHORT = (
     "torchvision takes a short name for the last node below it, and below the first block of a stage that is the "
-    "cell's last step; give the node, such as `layer4.0.relu_1`, or take a hook"
+    "cell's last step (pytorch/vision#3597); give the node, such as `layer4.0.relu_1`, or take a hook"
 )
 
 

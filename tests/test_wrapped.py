@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from timm import create_model
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -37,6 +38,7 @@ WRAPS = {
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+@pytest.mark.use("regulate on wrapped models", "nn.DataParallel, torch.compile: stay around the regulated network")
 def test_wrappers_that_can_stay_do(wrap, inplace):
     model = network("torchvision/resnet18")
     wrapped = wrap(model)
@@ -56,6 +58,7 @@ def test_wrappers_that_can_stay_do(wrap, inplace):
         assert torch.equal(unregulate(regulated)(X), before)
 
 
+@pytest.mark.use("regulate on wrapped models", "model.compile(), then regulate(model, inplace=True)")
 def test_a_compiled_method_is_compiled_anew():
     model = network("torchvision/resnet18")
     model.compile(backend="eager")
@@ -87,6 +90,7 @@ def distributed(model):
 @pytest.mark.parametrize(
     "wrap", [distributed, lambda m: compiled(distributed(m)), lambda m: nn.Sequential(distributed(m))]
 )
+@pytest.mark.use("regulate on wrapped models", "DistributedDataParallel: an error that says the order")
 def test_distributed_data_parallel_comes_after(wrap, one_process):
     model = network("resnet18")
     wrapped = wrap(model)
@@ -96,9 +100,10 @@ def test_distributed_data_parallel_comes_after(wrap, one_process):
     assert not is_regulated(model)
 
 
+@pytest.mark.parametrize("make", [lambda: stirred(network("resnet18")), lambda: regulate(create_model("resnet18"))])
 @pytest.mark.parametrize("wrap", [nn.DataParallel, distributed])
-def test_data_parallel_training_reaches_every_parameter(wrap, one_process):
-    model = stirred(network("resnet18")).train()
+def test_data_parallel_training_reaches_every_parameter(wrap, make, one_process):
+    model = make().train()
     wrapped = wrap(model)
     wrapped(X).square().mean().backward()
     assert len(list(regulator_parameters(wrapped))) == len(list(regulator_parameters(model)))

@@ -57,7 +57,8 @@ def record(item: pytest.Item, report: pytest.TestReport) -> None:
     group, title = mark.args
     failed = "yes" if report.passed else "failed"
     said = getattr(report, "wasxfail", None) or (report.skipped and str(report.longrepr[2])) or failed
-    figures = {"group": group, "title": title, "model": item.callspec.params["name"], "said": said}
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    figures = {"group": group, "title": title, "model": parameters.get("name", ""), "said": said}
     Path(folder).mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(item.nodeid.encode()).hexdigest()[:16]
     (Path(folder) / f"{name}.json").write_text(json.dumps(figures))
