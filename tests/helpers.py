@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+import timm
 import torch
 from torch import nn
 
@@ -22,6 +24,8 @@ def network(name: str, size: int = 64) -> nn.Module:
     """A network by name, `cifar/20` for the CIFAR ones, with the look of a trained one, in eval mode."""
     if name.startswith("cifar/"):
         model: nn.Module = cifar_resnet(int(name[6:]))
+    elif not name.startswith("torchvision/") and not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
     else:
         model = load_model(name)
     return perturb(model, [example_inputs(model, (3, size, size), batch=8, seed=s) for s in (1, 2)]).eval()
