@@ -17,7 +17,7 @@ from .uses import TIMM
 PAGE = Path(__file__).parent.parent / "docs" / "compatibility.md"
 HEAD = """# Compatibility
 
-What was tried with a regulated network, and the outcome. Behind every cell stands a test, one that is marked with `use`;
+What was tried with a regulated network, and the outcome. Behind every cell stands a test marked with `use`;
 a cell that does not work has a test that fails on the day it starts to. Unless a use is about the
 start, regulators are moved away from `[I | 0]` first, so that a dead path would show.
 
