@@ -18,8 +18,9 @@ from pathlib import Path
 import matplotlib
 import torch
 import torch.nn.functional as F
+from data import load
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import regulate
@@ -39,20 +40,13 @@ class Data:
 
 
 def digits(batch: int, seed: int) -> Data:
-    """1,797 images of 8x8 pixels, enlarged to 16x16; a fixed third is held out."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    images, labels = load_digits(return_X_y=True)
-    x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16 - 0.3
-    x = F.interpolate(x, size=(16, 16), mode="bilinear", align_corners=False)
-    y = torch.tensor(labels)
-    train, test = train_test_split(torch.arange(len(y)).numpy(), test_size=1 / 3, random_state=0, stratify=labels)
+    """scikit-learn's handwritten digits."""
+    images = load("digits")
     order = torch.Generator().manual_seed(seed)
     return Data(
-        DataLoader(TensorDataset(x[train], y[train]), batch, shuffle=True, drop_last=True, generator=order),
-        DataLoader(TensorDataset(x[test], y[test]), 256),
-        10,
+        DataLoader(images.train, batch, shuffle=True, drop_last=True, generator=order),
+        DataLoader(images.test, 256),
+        images.classes,
     )
 
 

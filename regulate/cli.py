@@ -1,4 +1,4 @@
-"""`python -m regulate plan|verify MODEL`."""
+"""`python -m regulate plan|verify|inspect MODEL` and `python -m regulate paper`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .api import regulate
+from .checkpoint import load
 from .config import CELL_NAMES, CHOICES, RegulatorConfig
 from .errors import RegulateError
 from .planner import draw
+from .survey import wished_size
 from .verify import verify
 
 
@@ -78,7 +81,23 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--size", type=int, nargs="+", help="height and width, or one number for both; video: three")
         sub.add_argument("--pretrained", action="store_true", help="with the library's pretrained weights")
         sub.add_argument("--json", action="store_true", help="JSON instead of text")
+    _add_inspect(commands)
+    text = "the parameters and FLOPs that the paper prints, beside those that its architectures have"
+    commands.add_parser("paper", help=text, description=text)
     return parser
+
+
+def _add_inspect(commands: Any) -> None:
+    text = "draw a regulated model's maps, gates, hidden states and similarities for a folder of images"
+    sub = commands.add_parser("inspect", help=text, description=text)
+    sub.add_argument("model", help="a timm name, or torchvision/NAME")
+    sub.add_argument("--weights", help="a file of regulate.save; without it the model is regulated afresh")
+    sub.add_argument("--cell", default="lstm", choices=CELL_NAMES, help="without --weights")
+    sub.add_argument("--images", required=True, help="a folder of images, or one with a folder for each class")
+    sub.add_argument("--count", type=int, default=16, help="images to take")
+    sub.add_argument("--size", type=int, help="height and width; by default the model's own")
+    sub.add_argument("--out", default="runs/inspect", help="folder of the figures")
+    sub.add_argument("--pretrained", action="store_true", help="with the library's pretrained weights")
 
 
 def _config(args: argparse.Namespace) -> RegulatorConfig:
@@ -125,13 +144,33 @@ def _verify(args: argparse.Namespace) -> int:
     return 0 if verdict.passed else 1
 
 
+def _inspect(args: argparse.Namespace) -> int:
+    from .figures import draw as draw_figures
+    from .pictures import pictures
+
+    model = load_model(args.model, args.pretrained)
+    model = load(model, args.weights) if args.weights else regulate(model, args.cell)
+    size = args.size or (wished_size(model, None) or (224, 224))[0]
+    images, labels = pictures(args.images, args.count, size, getattr(model, "pretrained_cfg", None))
+    for path in draw_figures(model, images, args.out, None if labels is None else [(images, labels)]):
+        print(path)
+    return 0
+
+
+def _paper(args: argparse.Namespace) -> int:
+    from .paper import compare
+
+    print(compare())
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. Returns 0, 1 for a failed check, 2 for an error, which is one line on stderr."""
     args = _parser().parse_args(arguments)
     try:
-        return {"plan": _plan, "verify": _verify}[args.command](args)
+        return {"plan": _plan, "verify": _verify, "inspect": _inspect, "paper": _paper}[args.command](args)
     except ModuleNotFoundError as error:
-        message = f"{args.model} needs {error.name}, which is not installed; pip install {error.name}"
+        message = f"this needs {error.name}, which is not installed; pip install {error.name}"
     except (RegulateError, ValueError, TypeError, RuntimeError, OSError) as error:
         message = " ".join(str(error).split())
     print(f"regulate: {message}", file=sys.stderr)

@@ -127,7 +127,13 @@ class CifarResNet(nn.Module):
 
 
 def cifar_resnet(
-    depth: int = 20, *, num_classes: int = 10, in_channels: int = 3, shortcut: str = "B", reduction: int = 0
+    depth: int = 20,
+    *,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    shortcut: str = "B",
+    reduction: int = 0,
+    width: int = WIDTHS[0],
 ) -> CifarResNet:
     """A ResNet of the paper's CIFAR experiments.
 
@@ -138,6 +144,7 @@ def cifar_resnet(
         shortcut: `"B"`, 1x1 convolutions where the shape changes (ResNet-20: 272,474 parameters), or
             `"A"`, zero padding (269,722).
         reduction: of squeeze-and-excitation; the paper's SE-ResNet-20 has 8, 0 is a plain ResNet.
+        width: channels of the first stage; the second has twice, the third four times as many.
 
     Raises:
         ValueError: the depth is not 6n + 2, or the shortcut is unknown.
@@ -150,4 +157,4 @@ def cifar_resnet(
         raise ValueError(f"a CIFAR ResNet has depth 6n + 2, got {depth}; try {max(8, depth - (depth - 2) % 6)}")
     if shortcut not in ("A", "B"):
         raise ValueError(f"shortcut must be 'A' or 'B', got {shortcut!r}")
-    return CifarResNet((depth - 2) // 6, num_classes, in_channels, shortcut, reduction)
+    return CifarResNet((depth - 2) // 6, num_classes, in_channels, shortcut, reduction, (width, 2 * width, 4 * width))

@@ -131,6 +131,19 @@ def test_a_hostile_config_is_refused(name, good, tmp_path, monkeypatch):
         from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["hf-hub:a/b", "local-dir:/tmp", "resnet18.../../a", "../resnet18", ""])
+def test_no_address_reaches_timm(name, good, tmp_path, monkeypatch):
+    """Whatever timm takes for a model's name, in this version or another."""
+    config = {**copied(good, tmp_path), "architecture": name}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    asked = []
+    monkeypatch.setattr("timm.is_model", lambda name: True)
+    monkeypatch.setattr("timm.create_model", lambda *args, **options: asked.append(args))
+    with pytest.raises(CheckpointError, match="no architecture"):
+        from_pretrained(tmp_path)
+    assert asked == []
+
+
 def test_addresses_in_a_card_are_not_kept(good, tmp_path):
     config = copied(good, tmp_path)
     config["pretrained_cfg"].update(url="http://localhost/evil.pth", file="evil.pth", hf_hub_id="evil/evil")

@@ -112,6 +112,7 @@ def test_it_nests_and_survives_errors():
         with disabled(a):
             with disabled(a), disabled(b):
                 assert torch.equal(b(X), off)
+                assert torch.equal(a(X), off)
             assert torch.equal(a(X), off)
             assert torch.equal(b(X), on)
             with pytest.raises(Stop), disabled(b):

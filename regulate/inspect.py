@@ -1,0 +1,325 @@
+"""What a regulator does: maps, gates and hidden states, block by block, and what they change.
+
+Everything here runs the model in eval mode without gradients and leaves it as found.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cells import ConvGRUCell, ConvLSTMCell, GateConv
+from .fusion import Fusion
+from .guard import MARK, check_regulated, holders, regulators, unwrapped
+from .switch import disabled
+from .trace import join
+
+_GATES = {(ConvLSTMCell, "gates"): "ifgo", (ConvGRUCell, "gates"): "rz"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One block's step of the memory.
+
+    Args:
+        block: the block's path.
+        read: I of the paper's Fig. 1, what the cell reads, (N, R, H, W).
+        hidden: H, normalised and rectified, as it is fused and travels on, (N, R, H, W).
+        output: O, the block's output, (N, C, H', W').
+        gates: activated gates by name (lstm `i f g o`, gru `r z n`, rnn `n`), each (N, R, H, W).
+        share: of the fused map that comes from H: |W_h h| / (|W_x x| + |W_h h|), in Frobenius norms.
+    """
+
+    block: str
+    read: Tensor
+    hidden: Tensor
+    output: Tensor
+    gates: dict[str, Tensor]
+    share: float
+
+
+@dataclass
+class _Tape:
+    """Collects, while the model runs, what belongs to the step in progress."""
+
+    read: Tensor | None = None
+    gates: dict[str, Tensor] = field(default_factory=dict)
+    fused: dict[str, tuple[Tensor | None, Tensor, dict[str, Tensor], float]] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+def record(model: nn.Module, images: Tensor) -> dict[str, list[Step]]:
+    """Runs images through a regulated model and keeps every step of its memory.
+
+    Args:
+        model: a regulated model; a wrapper around one will do. Its modes, hooks and gradients stay.
+        images: (N, C, H, W), on the model's device.
+
+    Returns:
+        The steps of each stage in forward order, by the path of the stage's first block.
+
+    Raises:
+        NotRegulatedError: there are no regulators.
+
+    Example:
+        >>> from regulate import regulate
+        >>> from torchvision.models import resnet18
+        >>> steps = record(regulate(resnet18()), torch.randn(2, 3, 64, 64))
+        >>> [step.block for step in steps["layer1.0"]], sorted(steps["layer1.0"][0].gates)
+        (['layer1.0', 'layer1.1'], ['f', 'g', 'i', 'o'])
+    """
+    check_regulated(model)
+    tape = _Tape()
+    with _as_found(model), torch.no_grad(), _taping(unwrapped(model), tape):
+        model(images)
+    return {
+        names[0]: [Step(name, *_read(tape.fused[name], tape.outputs[name])) for name in names]
+        for names in stages(model)
+    }  # fmt: skip
+
+
+def _read(
+    fused: tuple[Tensor | None, Tensor, dict[str, Tensor], float], output: Tensor
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor], float]:
+    read, hidden, gates, share = fused
+    return hidden if read is None else read, hidden, output, gates, share
+
+
+def stages(model: nn.Module) -> list[list[str]]:
+    """The paths of the regulated blocks, stage by stage."""
+    return [
+        [join(path, block.name) for block in stage.blocks]
+        for path, holder in holders(unwrapped(model))
+        for stage in getattr(type(holder), MARK).stages
+    ]
+
+
+@contextmanager
+def _as_found(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _taping(model: nn.Module, tape: _Tape) -> Iterator[None]:
+    with ExitStack() as hooks:
+        for path, fusion in regulators(model):
+            block = path.removesuffix(".regulator")
+            hooks.callback(fusion.register_forward_hook(_on_fusion(tape, block)).remove)
+            hooks.callback(model.get_submodule(block).register_forward_hook(_on_block(tape, block)).remove)
+            cell = getattr(fusion, "cell", None)
+            if cell is not None:
+                hooks.callback(cell.register_forward_pre_hook(_on_cell(tape)).remove)
+                for name, part in cell.named_children():
+                    if isinstance(part, GateConv):
+                        hooks.callback(part.register_forward_hook(_on_gates(tape, cell, name)).remove)
+        yield
+
+
+def _on_cell(tape: _Tape) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        tape.read, tape.gates = args[0].clone(), {}
+
+    return hook
+
+
+def _on_gates(tape: _Tape, cell: nn.Module, name: str) -> Callable[..., None]:
+    names = _GATES.get((type(cell), name), "n")
+
+    def hook(module: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, ...]) -> None:
+        for gate, value in zip(names, out, strict=True):
+            tape.gates[gate] = torch.tanh(value) if gate in "gn" else torch.sigmoid(value)
+
+    return hook
+
+
+def _on_fusion(tape: _Tape, block: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, tuple[Tensor, ...]]) -> None:
+        hidden = out[1][0].clone()
+        assert isinstance(module, Fusion)
+        tape.fused[block] = (tape.read, hidden, tape.gates, _share(module, args[0], hidden))
+
+    return hook
+
+
+def _on_block(tape: _Tape, block: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        tape.outputs[block] = (out if isinstance(out, Tensor) else out[0]).clone()
+
+    return hook
+
+
+def _share(fusion: Fusion, x: Tensor, hidden: Tensor) -> float:
+    weight, width = fusion.mix.weight, x.shape[1]
+    own, memory = (
+        torch.einsum("oi,ni...->no...", part.flatten(1), map_).norm().item()
+        for part, map_ in ((weight[:, :width], x), (weight[:, width:], hidden))
+    )
+    return float(memory / max(own + memory, 1e-12))
+
+
+@dataclass(frozen=True)
+class GateStatistics:
+    """Of one gate at one step: mean, standard deviation, and how much of it is saturated.
+
+    Args:
+        mean: over images, channels and positions.
+        deviation: likewise.
+        saturated: the part within 5 % of the gate's range of one of its ends.
+    """
+
+    mean: float
+    deviation: float
+    saturated: float
+
+
+def gate_statistics(step: Step) -> dict[str, GateStatistics]:
+    """Statistics of a step's gates, by name."""
+    found = {}
+    for name, value in step.gates.items():
+        low, high = (-1.0, 1.0) if name in "gn" else (0.0, 1.0)
+        edge = 0.05 * (high - low)
+        saturated = ((value < low + edge) | (value > high - edge)).float().mean().item()
+        found[name] = GateStatistics(value.mean().item(), value.std().item(), saturated)
+    return found
+
+
+def hidden_norm(step: Step) -> float:
+    """The Euclidean norm of a step's hidden state, mean over images."""
+    return float(step.hidden.flatten(1).norm(dim=1).mean())
+
+
+def similarity(model: nn.Module, images: Tensor) -> dict[str, list[tuple[float, float]]]:
+    """How alike consecutive blocks' outputs are, with regulators and without.
+
+    Args:
+        model: a regulated model.
+        images: (N, C, H, W).
+
+    Returns:
+        For each stage, by its first block: for each pair of consecutive blocks of equal output shape the
+        cosine similarity, mean over images, with the regulators and with `disabled`.
+    """
+    check_regulated(model)
+    on = outputs(model, images)
+    with disabled(model):
+        off = outputs(model, images)
+    found = {}
+    for names in stages(model):
+        pairs = [(a, b) for a, b in itertools.pairwise(names) if on[a].shape == on[b].shape]
+        found[names[0]] = [(_cosine(on[a], on[b]), _cosine(off[a], off[b])) for a, b in pairs]
+    return found
+
+
+def outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """The output of every regulated block, by its path."""
+    tape = _Tape()
+    inner = unwrapped(model)
+    with _as_found(model), torch.no_grad(), ExitStack() as hooks:
+        for name in (name for names in stages(model) for name in names):
+            hooks.callback(inner.get_submodule(name).register_forward_hook(_on_block(tape, name)).remove)
+        model(images)
+    return tape.outputs
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    return F.cosine_similarity(a.flatten(1), b.flatten(1)).mean().item()
+
+
+def block_accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """How well each block's output is classified by average pooling and the model's last layer: Fig. 1 (b).
+
+    Args:
+        model: a regulated model whose last layer is an `nn.Linear`.
+        batches: images (N, C, H, W) and labels (N,).
+
+    Returns:
+        Accuracy in per cent by block, for the blocks whose output has the width that the last layer takes.
+
+    Raises:
+        ValueError: there is no linear layer, or no block of its width.
+    """
+    check_regulated(model)
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError(f"block_accuracy needs a last nn.Linear, and {type(model).__name__} has none")
+    hits: dict[str, int] = {}
+    count = 0
+    for images, labels in batches:
+        for name, output in outputs(model, images).items():
+            if output.shape[1] == linear[-1].in_features:
+                with torch.no_grad():
+                    right = linear[-1](output.flatten(2).mean(2)).argmax(1) == labels
+                hits[name] = hits.get(name, 0) + int(right.sum())
+        count += len(labels)
+    if not hits:
+        raise ValueError(f"no regulated block puts out the {linear[-1].in_features} channels that the last layer takes")
+    return {name: 100 * right / count for name, right in hits.items()}
+
+
+class GradientWatch:
+    """Warns once if a cell has had no gradient in the first steps of training.
+
+    A regulator whose memory is cut off trains as if it were not there, and nothing else shows it. With
+    zero-initialised last norms the first gradient comes at the third step.
+
+    Args:
+        model: a regulated model. Gets a hook, which is gone after the last step or `remove()`.
+        steps: forward passes in train mode to wait for.
+
+    Example:
+        >>> from regulate import regulate
+        >>> from torchvision.models import resnet18
+        >>> watch = GradientWatch(regulate(resnet18()), steps=5)
+    """
+
+    def __init__(self, model: nn.Module, steps: int = 20) -> None:
+        check_regulated(model)
+        self.steps, self.seen = steps, 0
+        cells = {f"{path}.cell": part.cell for path, part in regulators(model) if hasattr(part, "cell")}
+        self.silent = set(cells)
+        self.handles: list[Any] = [model.register_forward_pre_hook(self._count)]
+        for path, cell in cells.items():
+            for parameter in cell.parameters():  # type: ignore[operator, union-attr]
+                if parameter.requires_grad:
+                    self.handles.append(parameter.register_post_accumulate_grad_hook(self._heard(path)))
+
+    def remove(self) -> None:
+        """Takes the hooks away."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def _heard(self, path: str) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            if path in self.silent and parameter.grad is not None and bool(parameter.grad.any()):
+                self.silent.discard(path)
+
+        return hook
+
+    def _count(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        if not (model.training and torch.is_grad_enabled()):
+            return
+        if self.silent and self.seen < self.steps:
+            self.seen += 1
+            return
+        self.remove()
+        if self.silent:
+            warnings.warn(
+                f"no gradient has reached {', '.join(sorted(self.silent))} in {self.steps} steps; is the regulator "
+                "frozen, switched off or detached?",
+                stacklevel=2,
+            )

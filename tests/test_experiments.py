@@ -1,0 +1,286 @@
+"""The experiments' runner: presets, resuming, two processes, errors in one line, comparisons on two seeds."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread, imsave
+from torchvision.datasets import CIFAR10, CIFAR100
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+import compare  # noqa: E402
+import data  # noqa: E402
+import train  # noqa: E402
+
+TINY = ("--subset", "64", "--quiet", "--model", "resnet20")
+
+
+def run(folder, *arguments):
+    assert train.main([*TINY, "--out", str(folder), *arguments]) == 0
+    return json.loads((folder / "run.json").read_text())
+
+
+def figures(report):
+    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in report["epochs"]]
+
+
+def cifar_files(root, kind):
+    """A CIFAR folder with a handful of images."""
+    folder = root / kind.base_folder
+    folder.mkdir(parents=True)
+    key = "labels" if kind is CIFAR10 else "fine_labels"
+    names = [name for name, _ in (*kind.train_list, *kind.test_list)]
+    for name in names:
+        pixels = np.random.default_rng(0).integers(0, 255, (80, 3072), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, key: [i % 10 for i in range(80)]}))
+    meta = folder / kind.meta["filename"]
+    meta.write_bytes(pickle.dumps({kind.meta["key"]: [str(i) for i in range(10)]}))
+    return root
+
+
+def image_folder(root):
+    for split in ("train", "val"):
+        for name in ("a", "b", "c", "d", "e", "f"):
+            (root / split / name).mkdir(parents=True)
+            for index in range(2):
+                imsave(root / split / name / f"{index}.png", np.random.default_rng(index).random((48, 40, 3)))
+    return root
+
+
+def test_the_presets_are_the_papers():
+    cifar, imagenet = train.RECIPES["cifar"], train.RECIPES["imagenet"]
+    assert (cifar.rate, cifar.batch, cifar.epochs, cifar.milestones) == (0.1, 64, 150, (80,))
+    assert (imagenet.rate, imagenet.batch, imagenet.epochs, imagenet.milestones) == (0.06, 128, 90, (50, 70))
+    assert all((r.momentum, r.decay) == (0.9, 1e-4) for r in train.RECIPES.values())
+    assert [train.Options(dataset=name).plan() for name in data.NAMES] == [
+        train.RECIPES[name] for name in ("digits", "cifar", "cifar", "imagenet")
+    ]
+
+
+@pytest.mark.parametrize("kind", [CIFAR10, CIFAR100])
+def test_the_cifar_preset_runs(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(CIFAR10, "_load_meta", lambda self: setattr(self, "classes", [str(i) for i in range(10)]))
+    root = cifar_files(tmp_path / "data", kind)
+    name = kind.__name__.lower()
+    report = run(tmp_path / "run", "--dataset", name, "--data", str(root), "--cell", "gru", "--epochs", "1")
+    assert report["recipe"]["batch"] == 64
+    assert report["parameters"] == 272_474 + 37_632
+    loaded = data.load(name, str(root))
+    image, _ = loaded.train[0]
+    assert image.shape == (3, 32, 32)
+    assert not torch.equal(image, loaded.train[0][0]), "training images are not augmented"
+    assert torch.equal(loaded.test[0][0], loaded.test[0][0])
+
+
+def test_the_imagenet_preset_runs(tmp_path):
+    root = image_folder(tmp_path / "data")
+    arguments = ["--dataset", "imagefolder", "--data", str(root), "--model", "timm/resnet10t", "--size", "64"]
+    code = train.main([*arguments, "--epochs", "1", "--batch", "4", "--quiet", "--out", str(tmp_path / "run")])
+    assert code == 0
+    report = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert report["recipe"]["rate"] == 0.06
+    assert report["top5"] >= report["top1"]
+
+
+def test_a_run_says_everything(tmp_path):
+    report = run(tmp_path, "--epochs", "2", "--cell", "lstm", "--stages", "0", "layer3")
+    assert report["options"]["stages"] == [0, "layer3"]
+    assert report["versions"]["torch"] == torch.__version__
+    assert len(report["epochs"]) == 2
+    assert report["top1"] == report["epochs"][-1]["top1"]
+    assert report["peak_bytes"] > 10**7
+    assert report["seconds"] > 0
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert [k.split(".")[0] for k in state if k.endswith("cell.gates.bias")] == ["layer1", "layer3"]
+
+
+@pytest.mark.parametrize("cell", ["none", "gru"])
+def test_the_same_seed_is_the_same_run_and_another_is_not(cell, tmp_path):
+    a, b, c = (
+        figures(run(tmp_path / name, "--epochs", "2", "--cell", cell, "--seed", seed))
+        for name, seed in (("a", "1"), ("b", "1"), ("c", "2"))
+    )
+    assert a == b != c
+
+
+def test_a_resumed_run_ends_with_the_same_numbers(tmp_path):
+    whole = run(tmp_path / "whole", "--epochs", "4", "--cell", "lstm", "--milestones", "1", "3")
+    run(tmp_path / "parts", "--epochs", "2", "--cell", "lstm", "--milestones", "1", "3")
+    parts = run(tmp_path / "parts", "--epochs", "4", "--cell", "lstm", "--milestones", "1", "3", "--resume")
+    assert figures(parts) == figures(whole)
+    a, b = (torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("whole", "parts"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def started(folder, *arguments):
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(ROOT / "examples" / "train.py"),
+        "--model",
+        "resnet20",
+        "--subset",
+        "64",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [*command, "--out", str(folder), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_run_goes_on(blow, tmp_path):
+    arguments = ["--cell", "rnn", "--epochs", "60"]
+    with started(tmp_path / "run", *arguments) as process:
+        while not (line := process.stdout.readline()).startswith("epoch   2"):
+            assert line, process.stderr.read()
+        time.sleep(0.3)
+        process.send_signal(blow)
+        _, error = process.communicate()
+    assert process.returncode == (-9 if blow == signal.SIGKILL else 130)
+    assert ("--resume" in error) == (blow == signal.SIGINT)
+    assert "Traceback" not in error
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    done = len(checkpoint["history"])
+    assert done >= 2
+    resumed = run(tmp_path / "run", "--cell", "rnn", "--epochs", str(done + 1), "--resume")
+    assert figures(resumed) == figures(run(tmp_path / "whole", "--cell", "rnn", "--epochs", str(done + 1)))
+
+
+def test_two_processes_train_on_the_recipes_batch(tmp_path):
+    job = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "examples" / "train.py")]
+    arguments = [
+        "--model",
+        "resnet20",
+        "--subset",
+        "64",
+        "--cell",
+        "gru",
+        "--epochs",
+        "2",
+        "--quiet",
+        "--out",
+        str(tmp_path),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, "-W", "ignore", *job, *arguments], env=environment, check=True, cwd=ROOT, timeout=300
+    )
+    report = json.loads((tmp_path / "run.json").read_text())
+    assert report["machine"]["processes"] == 2
+    assert report["recipe"]["batch"] == 32
+    assert len(report["epochs"]) == 2
+    assert not [key for key in torch.load(tmp_path / "model.pt", weights_only=True) if key.startswith("module.")]
+
+
+def test_options_of_speed_run(tmp_path):
+    report = run(tmp_path, "--epochs", "1", "--cell", "lstm", "--amp", "--channels-last")
+    assert report["options"]["amp"]
+
+
+def test_starting_from_weights_is_the_identity_start(tmp_path):
+    plain = run(tmp_path / "plain", "--epochs", "2")
+    options = train.options_of(["--cell", "lstm", "--weights", str(tmp_path / "plain" / "model.pt"), "--subset", "64"])
+    model = train.build(options, data.load("digits")).eval()
+    loader = torch.utils.data.DataLoader(data.load("digits").test, 256)
+    at = train.Place(0, 1, torch.device("cpu"))
+    assert train.accuracy(model, loader, options, at) == (plain["top1"], plain["top5"])
+
+
+def says(capsys, *arguments):
+    try:
+        code = train.main([*arguments, "--quiet"])
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2
+    assert "Traceback" not in error
+    return error.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--dataset", "cifar10", "--data", "nowhere"], "download=True"),
+        (["--dataset", "imagefolder", "--data", "nowhere"], "train/CLASS"),
+        (["--model", "resnet21"], "resnet20"),
+        (["--model", "timm/nosuch"], "nosuch"),
+        (["--cell", "transformer"], "invalid choice"),
+        (["--stages", "1"], "give a --cell"),
+        (["--cell", "gru", "--stages", "7"], "there is no stage 7"),
+        (["--subset", "5000"], "at most"),
+        (["--subset", "10"], "smaller --batch"),
+        (["--weights", "nosuch.pt"], "nosuch.pt"),
+        (["--rate", "1e9", "--subset", "64"], "the loss is"),
+    ],
+)
+def test_errors_are_one_line(arguments, word, capsys, tmp_path):
+    assert word in says(capsys, *arguments, "--epochs", "3", "--out", str(tmp_path))
+
+
+def test_subsets_are_balanced_and_seeded():
+    labels = [label for _, label in data.load("digits", subset=95, seed=3).train]
+    counts = torch.bincount(torch.tensor(labels), minlength=10)
+    assert counts.sum() == 95
+    assert counts.max() - counts.min() == 1
+    a, b, c = (data.load("digits", subset=50, seed=seed).train.indices for seed in (0, 0, 1))
+    assert a == b != c
+
+
+@pytest.mark.parametrize("experiment", list(compare.EXPERIMENTS))
+def test_the_arms_of_the_experiments(experiment):
+    arms = compare.EXPERIMENTS[experiment](train.Options(subset=200))
+    assert len({arm.name for arm in arms}) == len(arms)
+    assert "plain" in [arm.name for arm in arms]
+    digits = data.load("digits")
+    sizes = {arm.name: sum(p.numel() for p in train.build(arm.options, digits).parameters()) for arm in arms}
+    if experiment == "scratch":
+        assert abs(sizes["plain, width 17"] / sizes["lstm"] - 1) < 0.02
+
+
+def test_a_comparison_on_two_seeds(tmp_path, capsys):
+    arguments = ["upgrade", "--seeds", "2", "--subset", "64", "--epochs", "2", "--arms", "lstm, identity"]
+    arguments += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    assert compare.main(arguments) == 0
+    table = (tmp_path / "out" / "table.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert [row.split(" | ")[0] for row in rows] == ["| trained", "| plain", "| lstm, identity"]
+    found = json.loads((tmp_path / "out" / "runs.json").read_text())
+    means = [sum(one["top1"] for one in found[name]) / 2 for name in ("plain", "lstm, identity")]
+    assert f"{means[1]:.2f} ±" in rows[2]
+    assert f"{means[1] - means[0]:+.2f}" in rows[2]
+    assert len(np.unique(imread(tmp_path / "out" / "plot.png")[..., :3].reshape(-1, 3), axis=0)) > 20
+    capsys.readouterr()
+    before = (tmp_path / "work" / "upgrade" / "plain-0" / "run.json").stat().st_mtime
+    assert compare.main(arguments) == 0, "the second call takes the runs of the first"
+    assert (tmp_path / "work" / "upgrade" / "plain-0" / "run.json").stat().st_mtime == before
+
+
+def test_the_paired_test_is_scipys():
+    from scipy.stats import ttest_rel
+
+    a, b = [91.0, 93.0, 92.5, 94.0], [90.0, 92.5, 92.75, 92.0]
+    difference, p, better = compare._paired(a, b)
+    assert difference.startswith("+0.81 (")
+    assert p == f"{ttest_rel(a, b).pvalue:.3f}"
+    assert better == "3 of 4"
+
+
+def test_an_unknown_arm_is_one_line(tmp_path, capsys):
+    assert compare.main(["scratch", "--arms", "nosuch", "--out", str(tmp_path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
