@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 import regulate
 from regulate.archive import replaced
-from regulate.inspect import GradientWatch
 from regulate.models import cifar_resnet
+from regulate.watch import GradientWatch
 
 DEPTHS = (20, 32, 44, 56, 110)
 CIFAR_MODELS = tuple(f"{kind}resnet{depth}" for kind in ("", "se_") for depth in DEPTHS)

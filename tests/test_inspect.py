@@ -12,7 +12,8 @@ from matplotlib.image import imread, imsave
 from regulate import freeze_backbone, regulate, save
 from regulate.cli import load_model, main
 from regulate.figures import draw
-from regulate.inspect import GradientWatch, block_accuracy, gate_statistics, hidden_norm, outputs, record, similarity
+from regulate.inspect import block_accuracy, gate_statistics, hidden_norm, outputs, record, similarity
+from regulate.watch import GradientWatch
 
 from .helpers import network, stirred
 
