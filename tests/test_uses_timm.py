@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import timm
 import torch
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
@@ -12,6 +13,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, freeze, unfreeze
 from timm.utils.model import reparameterize_model
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from regulate import is_regulated, regulate, regulator_parameters
 from regulate.guard import regulators
@@ -63,10 +65,11 @@ def test_prune(name):
 
 @use("timm", "create_model(features_only=True), then regulate", TIMM)
 def test_features_only_before(name):
+    blocks = len(list(regulators(regulated(name))))
     model = timm.create_model(name, features_only=True)
     perturb(model, [example_inputs(model, (3, 64, 64), batch=8, seed=seed) for seed in (1, 2)]).eval()
     new = regulate(model)
-    assert len(list(regulators(new))) == len(list(regulators(regulated(name))))
+    assert len(list(regulators(new))) == blocks
     assert isinstance(new, type(model))
     with torch.no_grad():
         expected = model(X)
@@ -93,6 +96,8 @@ def test_feature_list_net(name):
 @use("timm", "regulate, then FeatureHookNet", TIMM)
 def test_feature_hook_net(name):
     model = regulated(name)
+    if name == "dpn48b" and TorchVersion(timm.__version__) < "1.0.31":
+        pytest.skip("the blocks of dual path networks put out pairs before timm 1.0.31")
     expected = passing(model, taps(name))
     net = FeatureHookNet(model, out_indices=(2, 3, 4))
     with torch.no_grad():
@@ -151,6 +156,10 @@ def saved_bytes(model, x):
 @use("timm", "set_grad_checkpointing: equal gradients, less memory", TIMM)
 def test_checkpointing(name):
     model = regulated(name)
+    try:
+        plain(name).set_grad_checkpointing(True)
+    except AssertionError:
+        pytest.skip(f"timm {timm.__version__} has no gradient checkpointing in {name}")
     expected, memory = gradients(model), saved_bytes(model, X)
     model.set_grad_checkpointing(True)
     found = gradients(model)

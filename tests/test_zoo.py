@@ -153,12 +153,13 @@ def test_too_large_is_true(name):
 
 @pytest.mark.parametrize("name", ["resnet34", "resnest26d", "regnety_002", "dm_nfnet_f0"])
 def test_drop_path_still_switches(name):
-    model = timm.create_model(name, drop_path_rate=0.5, drop_rate=0.0)
+    try:
+        model = timm.create_model(name, drop_path_rate=0.5, drop_rate=0.0)
+    except AssertionError:
+        pytest.skip(f"timm {timm.__version__} has no drop path in {name}")
     size = (3, 64, 64)
     perturb(model, [example_inputs(model, size, batch=4, seed=seed) for seed in (1, 2)])
     regulated = regulate(model)
     inputs = example_inputs(model, size)
-    if distance(run(model, inputs, True, 1), run(model, inputs, True, 2)) == 0:
-        pytest.skip(f"timm {timm.__version__} builds {name} without the drop path that it was asked for")
     assert distance(run(regulated, inputs, True, 1), run(regulated, inputs, True, 2)) > 1e-3
     assert distance(run(regulated, inputs, False, 1), run(regulated, inputs, False, 2)) == 0
