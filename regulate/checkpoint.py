@@ -12,7 +12,7 @@ from .apply import prepare
 from .archive import read, write
 from .cells import CELLS
 from .config import RegulatorConfig
-from .errors import AlreadyRegulatedError, CheckpointError, RegulateError, first_line
+from .errors import CheckpointError, RegulateError, first_line
 from .fit import (
     blocks,
     check_backbone,
@@ -23,7 +23,7 @@ from .fit import (
     identity,
     layout,
 )
-from .guard import MARK, check_regulated, holders, regulators, unwrapped
+from .guard import MARK, check_model, check_regulated, holders, regulators, unwrapped
 from .planner import draw
 
 Path = str | os.PathLike[str]
@@ -83,7 +83,7 @@ def load(model: nn.Module, path: Path, *, inplace: bool = False) -> nn.Module:
     Raises:
         CheckpointError: the file is damaged, foreign, or of a newer format, or does not fit the model; the
             message says where. With regulators alone: the backbone is not the one they were trained on.
-        AlreadyRegulatedError: the model has regulators.
+        AlreadyRegulatedError, UnsupportedModelError: as `regulate` does.
         FileNotFoundError: there is no such file.
 
     Example:
@@ -96,6 +96,7 @@ def load(model: nn.Module, path: Path, *, inplace: bool = False) -> nn.Module:
         >>> type(model.layer1[0].regulator.cell).__name__
         'ConvGRUCell'
     """
+    check_model(model)
     record, tensors = read(path)
     inner = unwrapped(model)
     try:
@@ -110,8 +111,6 @@ def load(model: nn.Module, path: Path, *, inplace: bool = False) -> nn.Module:
             check_backbone(record["backbone"], {key: value for key, value in base.items() if not _under(key, kept)})
             base = {key: value for key, value in base.items() if _under(key, kept)}
         check_tensors({**base, **prepared.state_dict()}, tensors)
-    except AlreadyRegulatedError:
-        raise
     except CheckpointError as error:
         raise CheckpointError(f"{path} does not fit this model: {error}") from error
     except (RegulateError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:

@@ -20,6 +20,7 @@ from regulate import (
     AlreadyRegulatedError,
     CheckpointError,
     NotRegulatedError,
+    UnsupportedModelError,
     freeze_backbone,
     is_regulated,
     load,
@@ -198,6 +199,8 @@ def test_the_wrong_call_order(tmp_path):
     save(model, tmp_path / "a")
     with pytest.raises(AlreadyRegulatedError):
         load(model, tmp_path / "a")
+    with pytest.raises(UnsupportedModelError):
+        load(model.state_dict(), tmp_path / "a")
     with pytest.raises(FileNotFoundError, match="no file"):
         load(load_model("resnet18"), tmp_path / "nosuch")
     with pytest.raises(FileNotFoundError, match="no folder"):

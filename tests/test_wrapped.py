@@ -100,6 +100,17 @@ def test_distributed_data_parallel_comes_after(wrap, one_process):
     assert not is_regulated(model)
 
 
+@pytest.mark.use("regulate on wrapped models", "FSDP: an error that says the order")
+def test_sharding_comes_after():
+    class FSDPModule:
+        """What fully_shard mixes into a module's class."""
+
+    model = network("resnet18")
+    model.layer1.__class__ = type("FSDPSequential", (FSDPModule, nn.Sequential), {})
+    with pytest.raises(UnsupportedModelError, match="regulate it, then call fully_shard"):
+        regulate(model)
+
+
 @pytest.mark.parametrize("make", [lambda: stirred(network("resnet18")), lambda: regulate(create_model("resnet18"))])
 @pytest.mark.parametrize("wrap", [nn.DataParallel, distributed])
 def test_data_parallel_training_reaches_every_parameter(wrap, make, one_process):
