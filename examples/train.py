@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +246,8 @@ def accuracy(network: nn.Module, batches: DataLoader[Any], options: Options, at:
     count = 0
     for images, labels in batches:
         with torch.autocast(at.device.type, torch.bfloat16, enabled=options.amp):
-            ranked = network(_moved(images, options, at)).float().topk(5).indices.cpu()
+            logits = network(_moved(images, options, at)).float()
+        ranked = logits.topk(min(5, logits.shape[1])).indices.cpu()
         right = ranked == labels[:, None]
         hits += torch.tensor([right[:, 0].sum(), right.sum()])
         count += len(labels)
@@ -302,6 +304,7 @@ def _train(options: Options, at: Place) -> dict[str, Any]:
 def _report(options: Options, recipe: Recipe, run: Run, at: Place) -> dict[str, Any]:
     peak = torch.cuda.max_memory_allocated() if at.device.type == "cuda" else _resident_peak()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "regulate": regulate.__version__}
+    versions |= {name: metadata.version(name) for name in ("timm", "torchvision") if name in sys.modules}
     return {
         "options": asdict(options),
         "recipe": asdict(recipe),

@@ -126,7 +126,7 @@ def compare() -> str:
 
     Example:
         >>> print(count(ROWS[1]).parameters, count(ROWS[1]).flops)
-        37632 15138816
+        37632 15114240
     """
     head = ("table", "network", "paper", "here", "difference", "paper FLOPs", "here", "difference")
     lines = [_line(count(row)) for row in ROWS]
