@@ -125,6 +125,44 @@ def test_a_resumed_run_ends_with_the_same_numbers(tmp_path):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_a_resumed_run_repeats_the_augmentation(tmp_path, monkeypatch):
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(CIFAR10, "_load_meta", lambda self: setattr(self, "classes", [str(i) for i in range(10)]))
+    common = ["--dataset", "cifar10", "--data", str(cifar_files(tmp_path / "data", CIFAR10))]
+    whole = run(tmp_path / "whole", *common, "--epochs", "2")
+    run(tmp_path / "parts", *common, "--epochs", "1")
+    torch.rand(7)
+    assert figures(run(tmp_path / "parts", *common, "--epochs", "2", "--resume")) == figures(whole)
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    options = train.Options(seed=3)
+    batches, _ = train.loaders(data.load("digits"), options, options.plan(), train.Place(0, 1, torch.device("cpu")))
+
+    def order(epoch):
+        batches.sampler.set_epoch(epoch)
+        return list(batches.sampler)
+
+    assert order(0) == order(0) != order(1)
+    seen = []
+    batches.sampler.set_epoch = seen.append
+    model = train.build(options, data.load("digits", subset=64))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1])
+    short = [next(iter(batches))]
+    loader = type("Loader", (list,), {"sampler": batches.sampler})(short)
+    for number in (4, 5):
+        train.epoch(
+            train.Run(model, optimizer, schedule, []),
+            model,
+            loader,
+            options,
+            train.Place(0, 1, torch.device("cpu")),
+            number,
+        )
+    assert seen == [4, 5]
+
+
 def started(folder, *arguments):
     command = [
         sys.executable,
