@@ -12,6 +12,7 @@ from .errors import CalibrationError
 from .fusion import Fusion
 from .guard import check_regulated, regulators
 from .identity import is_settled, settle
+from .modes import in_mode
 
 
 class _Moments:
@@ -84,19 +85,15 @@ def _takes_moments(fusion: Fusion) -> bool:
 def _measured(model: nn.Module, fusions: Sequence[Fusion], batches: Iterable[Tensor | Sequence[Any]]) -> list[_Moments]:
     moments = [_Moments() for _ in fusions]
     handles = [f.register_forward_pre_hook(m) for f, m in zip(fusions, moments, strict=True)]
-    modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     try:
-        model.eval()
-        with torch.no_grad():
+        with in_mode(model, training=False), torch.no_grad():
             for batch in batches:
                 x = batch if isinstance(batch, Tensor) else batch[0]
                 model(x.to(device))
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
     if not all(one.count for one in moments):
         raise CalibrationError("calibrate measures on data, but got no batch; pass a loader or a list of inputs")
     return moments

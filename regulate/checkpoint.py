@@ -26,10 +26,10 @@ from .fit import (
 from .guard import MARK, check_model, check_regulated, holders, regulators, unwrapped
 from .planner import draw
 
-Path = str | os.PathLike[str]
+File = str | os.PathLike[str]
 
 
-def save(model: nn.Module, path: Path, *, regulator_only: bool = False, also: Sequence[str] = ()) -> None:
+def save(model: nn.Module, path: File, *, regulator_only: bool = False, also: Sequence[str] = ()) -> None:
     """Writes a regulated network to one safetensors file, with its options and plan in the metadata.
 
     The file appears wholly or not at all; a killed process leaves what was there before.
@@ -68,7 +68,7 @@ def save(model: nn.Module, path: Path, *, regulator_only: bool = False, also: Se
     write(path, state, record)
 
 
-def load(model: nn.Module, path: Path, *, inplace: bool = False) -> nn.Module:
+def load(model: nn.Module, path: File, *, inplace: bool = False) -> nn.Module:
     """Regulates a plain network as the saved one was and gives it the saved tensors.
 
     Args:

@@ -57,6 +57,11 @@ def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
+def differences(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
+    """The keys under which two records differ, those of the first one first."""
+    return [key for key in {**a, **b} if a.get(key) != b.get(key)]
+
+
 def check_identity(saved: Mapping[str, str | None], found: Mapping[str, str | None]) -> None:
     """Raises CheckpointError unless class and timm architecture are the saved ones."""
     if saved["class"] != found["class"]:
@@ -86,7 +91,7 @@ def check_backbone(saved: Mapping[str, str], state: Mapping[str, Tensor]) -> Non
     if any(tensor.is_meta for tensor in state.values()):
         raise CheckpointError("regulators alone need the backbone's weights, and these are on the meta device")
     found = fingerprint(state)
-    differing = [key for key in {**saved, **found} if saved.get(key) != found.get(key)]
+    differing = differences(saved, found)
     if differing:
         raise CheckpointError(
             f"the backbone is not the one that the regulators were trained on: {len(differing)} of {len(saved)} "
@@ -99,7 +104,7 @@ def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -
     """Raises CheckpointError unless names, dtypes and shapes are the expected ones."""
     there = {key: _describe(value) for key, value in expected.items()}
     given = {key: _describe(value) for key, value in found.items()}
-    differing = [key for key in {**there, **given} if there.get(key) != given.get(key)]
+    differing = differences(there, given)
     if differing:
         key = differing[0]
         raise CheckpointError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cells import ConvGRUCell, ConvLSTMCell, GateConv
+from .fit import blocks
 from .fusion import Fusion
-from .guard import MARK, check_regulated, holders, regulators, unwrapped
+from .guard import check_regulated, regulators, unwrapped
+from .modes import in_mode
 from .switch import disabled
-from .trace import join
 
 _GATES = {(ConvLSTMCell, "gates"): "ifgo", (ConvGRUCell, "gates"): "rz"}
 
@@ -47,11 +48,11 @@ class Step:
 
 @dataclass
 class _Tape:
-    """Collects, while the model runs, what belongs to the step in progress."""
+    """Collects, while the model runs, what belongs to the step in progress, and the steps by block."""
 
-    read: Tensor | None = None
+    read: Tensor = field(default_factory=lambda: torch.empty(0))
     gates: dict[str, Tensor] = field(default_factory=dict)
-    fused: dict[str, tuple[Tensor | None, Tensor, dict[str, Tensor], float]] = field(default_factory=dict)
+    steps: dict[str, Step] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -77,39 +78,16 @@ def record(model: nn.Module, images: Tensor) -> dict[str, list[Step]]:
     """
     check_regulated(model)
     tape = _Tape()
-    with _as_found(model), torch.no_grad(), _taping(unwrapped(model), tape):
+    with in_mode(model, training=False), torch.no_grad(), _taping(unwrapped(model), tape):
         model(images)
     return {
-        names[0]: [Step(name, *_read(tape.fused[name], tape.outputs[name])) for name in names]
-        for names in stages(model)
-    }  # fmt: skip
-
-
-def _read(
-    fused: tuple[Tensor | None, Tensor, dict[str, Tensor], float], output: Tensor
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor], float]:
-    read, hidden, gates, share = fused
-    return hidden if read is None else read, hidden, output, gates, share
+        names[0]: [replace(tape.steps[name], output=tape.outputs[name]) for name in names] for names in stages(model)
+    }
 
 
 def stages(model: nn.Module) -> list[list[str]]:
     """The paths of the regulated blocks, stage by stage."""
-    return [
-        [join(path, block.name) for block in stage.blocks]
-        for path, holder in holders(unwrapped(model))
-        for stage in getattr(type(holder), MARK).stages
-    ]
-
-
-@contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    return [[block.name for block in stage] for stage in blocks(unwrapped(model))]
 
 
 @contextmanager
@@ -147,9 +125,11 @@ def _on_gates(tape: _Tape, cell: nn.Module, name: str) -> Callable[..., None]:
 
 def _on_fusion(tape: _Tape, block: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, tuple[Tensor, ...]]) -> None:
-        hidden = out[1][0].clone()
         assert isinstance(module, Fusion)
-        tape.fused[block] = (tape.read, hidden, tape.gates, _share(module, args[0], hidden))
+        hidden = out[1][0].clone()
+        # The block's output is not there yet.
+        share = _share(module, args[0], hidden)
+        tape.steps[block] = Step(block, tape.read, hidden, torch.empty(0), tape.gates, share)
 
     return hook
 
@@ -227,7 +207,7 @@ def outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """The output of every regulated block, by its path."""
     tape = _Tape()
     inner = unwrapped(model)
-    with _as_found(model), torch.no_grad(), ExitStack() as hooks:
+    with in_mode(model, training=False), torch.no_grad(), ExitStack() as hooks:
         for name in (name for names in stages(model) for name in names):
             hooks.callback(inner.get_submodule(name).register_forward_hook(_on_block(tape, name)).remove)
         model(images)

@@ -13,6 +13,7 @@ from torch import nn
 from .archive import replaced
 from .checkpoint import load, save
 from .errors import CheckpointError, UnsupportedModelError, first_line
+from .fit import differences
 from .guard import check_regulated, unwrapped
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -122,7 +123,7 @@ def _build(config: Any) -> nn.Module:
 def _check_rebuilt(model: nn.Module, rebuilt: nn.Module) -> None:
     """Whether timm rebuilds the same network, module by module; dropout rates do not count, as in timm."""
     was, now = _parts(model), _parts(rebuilt)
-    differing = [path for path in {**was, **now} if was.get(path) != now.get(path)]
+    differing = differences(was, now)
     if differing:
         path = differing[0]
         raise CheckpointError(

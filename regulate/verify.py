@@ -17,6 +17,7 @@ from .build import private_rng
 from .cells import GateConv
 from .config import RegulatorConfig
 from .guard import regulators
+from .modes import in_mode
 from .planner import draw
 
 TOLERANCE = 1e-5
@@ -61,7 +62,6 @@ def perturb(model: nn.Module, batches: Sequence[Any], seed: int = 0) -> nn.Modul
     Returns:
         The model, in the mode that it was in.
     """
-    modes = {module: module.training for module in model.modules()}
     norms = [m for m in model.modules() if m._buffers.get("running_mean") is not None]
     with private_rng(seed, 0), torch.no_grad():
         for parameter in model.parameters():
@@ -70,15 +70,13 @@ def perturb(model: nn.Module, batches: Sequence[Any], seed: int = 0) -> nn.Modul
         for norm in kept:
             norm.reset_running_stats()  # type: ignore[operator]
             norm.momentum = None  # type: ignore[assignment]
-        model.train()
-        for batch in batches:
-            model(*batch)
+        with in_mode(model, training=True):
+            for batch in batches:
+                model(*batch)
         for norm in norms:
             _jitter(norm)
     for norm, momentum in kept.items():
         norm.momentum = momentum
-    for module, mode in modes.items():
-        module.training = mode
     return model
 
 

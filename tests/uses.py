@@ -55,8 +55,8 @@ def record(item: pytest.Item, report: pytest.TestReport) -> None:
     if not folder or not mark or (report.when != "call" and not report.skipped):
         return
     group, title = mark.args
-    failed = "yes" if report.passed else "failed"
-    said = getattr(report, "wasxfail", None) or (report.skipped and str(report.longrepr[2])) or failed
+    outcome = "yes" if report.passed else "failed"
+    said = getattr(report, "wasxfail", None) or (report.skipped and str(report.longrepr[2])) or outcome
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     figures = {"group": group, "title": title, "model": parameters.get("name", ""), "said": said}
     Path(folder).mkdir(parents=True, exist_ok=True)
