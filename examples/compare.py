@@ -2,7 +2,7 @@
 
     python examples/compare.py scratch --seeds 10 --jobs 2 --out docs/results/scratch
 
-An experiment is a list of arms, each an `Options` of train.py. Every arm is trained with every seed; a run that
+An experiment is a list of arms, each an `Options` of options.py. Every arm is trained with every seed; a run that
 is there already, from a call before, is not repeated. Written are `runs.json`, `table.md` and `plot.png`.
 """
 
@@ -22,7 +22,8 @@ from typing import Any
 import matplotlib
 import torch
 from data import MissingDataError
-from train import Options, TrainingError, train
+from options import Options
+from train import TrainingError, train
 
 import regulate
 

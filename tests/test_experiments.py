@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matplotlib.image import imread, imsave
+from matplotlib.image import imsave
 from torchvision.datasets import CIFAR10, CIFAR100
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
-import compare  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402
+from options import RECIPES, Options, options_of  # noqa: E402
 
 TINY = ("--subset", "64", "--quiet", "--model", "resnet20")
 
@@ -60,12 +60,12 @@ def image_folder(root):
 
 
 def test_the_presets_are_the_papers():
-    cifar, imagenet = train.RECIPES["cifar"], train.RECIPES["imagenet"]
+    cifar, imagenet = RECIPES["cifar"], RECIPES["imagenet"]
     assert (cifar.rate, cifar.batch, cifar.epochs, cifar.milestones) == (0.1, 64, 150, (80,))
     assert (imagenet.rate, imagenet.batch, imagenet.epochs, imagenet.milestones) == (0.06, 128, 90, (50, 70))
-    assert all((r.momentum, r.decay) == (0.9, 1e-4) for r in train.RECIPES.values())
-    assert [train.Options(dataset=name).plan() for name in data.NAMES] == [
-        train.RECIPES[name] for name in ("digits", "cifar", "cifar", "imagenet")
+    assert all((r.momentum, r.decay) == (0.9, 1e-4) for r in RECIPES.values())
+    assert [Options(dataset=name).plan() for name in data.NAMES] == [
+        RECIPES[name] for name in ("digits", "cifar", "cifar", "imagenet")
     ]
 
 
@@ -136,7 +136,7 @@ def test_a_resumed_run_repeats_the_augmentation(tmp_path, monkeypatch):
 
 
 def test_every_epoch_has_an_order_of_its_own():
-    options = train.Options(seed=3)
+    options = Options(seed=3)
     batches, _ = train.loaders(data.load("digits"), options, options.plan(), train.Place(0, 1, torch.device("cpu")))
 
     def order(epoch):
@@ -233,7 +233,7 @@ def test_options_of_speed_run(tmp_path):
 
 def test_starting_from_weights_is_the_identity_start(tmp_path):
     plain = run(tmp_path / "plain", "--epochs", "2")
-    options = train.options_of(["--cell", "lstm", "--weights", str(tmp_path / "plain" / "model.pt"), "--subset", "64"])
+    options = options_of(["--cell", "lstm", "--weights", str(tmp_path / "plain" / "model.pt"), "--subset", "64"])
     model = train.build(options, data.load("digits")).eval()
     loader = torch.utils.data.DataLoader(data.load("digits").test, 256)
     at = train.Place(0, 1, torch.device("cpu"))
@@ -278,47 +278,3 @@ def test_subsets_are_balanced_and_seeded():
     assert counts.max() - counts.min() == 1
     a, b, c = (data.load("digits", subset=50, seed=seed).train.indices for seed in (0, 0, 1))
     assert a == b != c
-
-
-@pytest.mark.parametrize("experiment", list(compare.EXPERIMENTS))
-def test_the_arms_of_the_experiments(experiment):
-    arms = compare.EXPERIMENTS[experiment](train.Options(subset=200))
-    assert len({arm.name for arm in arms}) == len(arms)
-    assert "plain" in [arm.name for arm in arms]
-    digits = data.load("digits")
-    sizes = {arm.name: sum(p.numel() for p in train.build(arm.options, digits).parameters()) for arm in arms}
-    if experiment == "scratch":
-        assert abs(sizes["plain, width 17"] / sizes["lstm"] - 1) < 0.02
-
-
-def test_a_comparison_on_two_seeds(tmp_path, capsys):
-    arguments = ["upgrade", "--seeds", "2", "--subset", "64", "--epochs", "2", "--arms", "lstm, identity"]
-    arguments += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
-    assert compare.main(arguments) == 0
-    table = (tmp_path / "out" / "table.md").read_text()
-    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
-    assert [row.split(" | ")[0] for row in rows] == ["| trained", "| plain", "| lstm, identity"]
-    found = json.loads((tmp_path / "out" / "runs.json").read_text())
-    means = [sum(one["top1"] for one in found[name]) / 2 for name in ("plain", "lstm, identity")]
-    assert f"{means[1]:.2f} ±" in rows[2]
-    assert f"{means[1] - means[0]:+.2f}" in rows[2]
-    assert len(np.unique(imread(tmp_path / "out" / "plot.png")[..., :3].reshape(-1, 3), axis=0)) > 20
-    capsys.readouterr()
-    before = (tmp_path / "work" / "upgrade" / "plain-0" / "run.json").stat().st_mtime
-    assert compare.main(arguments) == 0, "the second call takes the runs of the first"
-    assert (tmp_path / "work" / "upgrade" / "plain-0" / "run.json").stat().st_mtime == before
-
-
-def test_the_paired_test_is_scipys():
-    from scipy.stats import ttest_rel
-
-    a, b = [91.0, 93.0, 92.5, 94.0], [90.0, 92.5, 92.75, 92.0]
-    difference, p, better = compare._paired(a, b)
-    assert difference.startswith("+0.81 (")
-    assert p == f"{ttest_rel(a, b).pvalue:.3f}"
-    assert better == "3 of 4"
-
-
-def test_an_unknown_arm_is_one_line(tmp_path, capsys):
-    assert compare.main(["scratch", "--arms", "nosuch", "--out", str(tmp_path)]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.torch_version import TorchVersion
 
 from regulate import NotRegulatedError, disabled, regulate, unregulate
@@ -63,7 +64,8 @@ def test_no_cell_and_no_fusion_runs_and_hooks_of_blocks_do():
 def test_under_torch_compile():
     model = network("torchvision/resnet18")
     regulated = stirred(model)
-    compiled = torch.compile(regulated, fullgraph=True, backend="eager")
+    counter = CompileCounter()
+    compiled = torch.compile(regulated, fullgraph=True, backend=counter)
     with torch.no_grad():
         on, off = regulated(X), model(X)
         assert torch.equal(compiled(X), on)
@@ -71,6 +73,7 @@ def test_under_torch_compile():
             with disabled(switched):
                 assert torch.equal(compiled(X), off)
             assert torch.equal(compiled(X), on)
+        assert counter.frame_count == 2, "once with regulators and once without"
 
 
 @pytest.mark.skipif(TorchVersion(torch.__version__) < "2.5", reason="torch 2.4 does not compile generators' contexts")
