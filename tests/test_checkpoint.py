@@ -224,6 +224,10 @@ def test_what_cannot_be_stored_says_so(tmp_path):
     pair = nn.Sequential(regulate(load_model("resnet18")), regulate(load_model("resnet18"), "gru"))
     with pytest.raises(CheckpointError, match="different"):
         save(pair, tmp_path / "a")
+    odd = regulate(load_model("resnet18"))
+    odd.register_buffer("extra", torch.ones(2).as_subclass(type("Sharded", (torch.Tensor,), {})))
+    with pytest.raises(CheckpointError, match="extra is a Sharded; gather"):
+        save(odd, tmp_path / "a")
     assert not list(tmp_path.iterdir())
 
 
