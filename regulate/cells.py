@@ -14,12 +14,10 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
-State = tuple[Tensor, ...]
+from . import kernels
+from .equations import State, dense_gates, gru, light_gates, lstm, rnn
 
 
 class GateConv(nn.Module):
@@ -74,17 +72,10 @@ class GateConv(nn.Module):
         Returns:
             One tensor of x's shape per gate.
         """
-        convolve, n = _CONVOLVE[self.dims], self.channels
-        gates = [slice(gate * n, (gate + 1) * n) for gate in range(self.gates)]
+        sizes = {"gates": self.gates, "width": self.channels, "dims": self.dims}
         if self.mix is None:
-            stacked = convolve(torch.cat([x, h], 1), self.weight, self.bias, padding=1)
-            return tuple(stacked[:, gate] for gate in gates)
-        from_x, from_h = self.mix[:, 0], self.mix[:, 1]
-        # Gate by gate: stacked maps of G*C channels cost more to allocate than to compute.
-        return tuple(
-            convolve(x * from_x[gate] + h * from_h[gate], self.weight[gate], self.bias[gate], padding=1, groups=n)
-            for gate in gates
-        )
+            return dense_gates(x, h, self.weight, self.bias, **sizes)
+        return light_gates(x, h, self.mix, self.weight, self.bias, **sizes)
 
     def extra_repr(self) -> str:
         """What `print(cell)` shows."""
@@ -112,9 +103,7 @@ class ConvRNNCell(nn.Module):
 
     def forward(self, x: Tensor, state: State | None = None) -> State:
         """One step. x: (N, C, H, W); state: `(H',)` or None for zeros. Returns `(H,)`."""
-        (h,) = state or (torch.zeros_like(x),)
-        (n,) = self.gates(x, h)
-        return (torch.tanh(n),)
+        return _fast("rnn", x, state, self.gates) or rnn(x, state, self.gates)
 
 
 class ConvGRUCell(nn.Module):
@@ -142,10 +131,7 @@ class ConvGRUCell(nn.Module):
 
     def forward(self, x: Tensor, state: State | None = None) -> State:
         """One step. x: (N, C, H, W); state: `(H',)` or None for zeros. Returns `(H,)`."""
-        (h,) = state or (torch.zeros_like(x),)
-        r, z = (torch.sigmoid(gate) for gate in self.gates(x, h))
-        (n,) = self.candidate(x, r * h)
-        return (torch.lerp(h, torch.tanh(n), z),)
+        return _fast("gru", x, state, self.gates, self.candidate) or gru(x, state, self.gates, self.candidate)
 
 
 class ConvLSTMCell(nn.Module):
@@ -174,10 +160,15 @@ class ConvLSTMCell(nn.Module):
 
     def forward(self, x: Tensor, state: State | None = None) -> State:
         """One step. x: (N, C, H, W); state: `(H', C')` or None for zeros. Returns `(H, C)`."""
-        h, c = state or (torch.zeros_like(x), torch.zeros_like(x))
-        i, f, g, o = self.gates(x, h)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        return torch.sigmoid(o) * torch.tanh(c), c
+        return _fast("lstm", x, state, self.gates) or lstm(x, state, self.gates)
+
+
+def _fast(name: str, x: Tensor, state: State | None, *convs: GateConv) -> State | None:
+    """The step by a fast kernel, or None where only the readable form will do."""
+    weights = tuple((conv.mix, conv.weight, conv.bias) for conv in convs if conv.mix is not None)
+    if len(weights) < len(convs) or not all(kernels.untouched(conv, GateConv) for conv in convs):
+        return None
+    return kernels.step(name, x, state, weights)
 
 
 CELLS = {"rnn": ConvRNNCell, "gru": ConvGRUCell, "lstm": ConvLSTMCell}

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cells import State
+from . import kernels
+from .equations import State
 
 _BATCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -92,11 +93,16 @@ class Fusion(nn.Module):
             The fused map, (N, M, H, W), and the state for the next block, its first element the
             normalised and rectified H; the rest travels raw.
         """
-        h = F.relu(self.hidden_norm(state[0]))
-        fused = self.mix_norm(self.mix(torch.cat([x, h], 1)))
-        if self.skip:
-            fused = x + fused
-        return self._activate(fused), (h, *state[1:])
+        h = kernels.norm_relu(self.hidden_norm, state[0])
+        fused = self._mixed(x, h)
+        if self.activation == "relu" and not self.skip:
+            return kernels.norm_relu(self.mix_norm, fused), (h, *state[1:])
+        fused = self.mix_norm(fused)
+        return self._activate(x + fused if self.skip else fused), (h, *state[1:])
+
+    def _mixed(self, x: Tensor, h: Tensor) -> Tensor:
+        fast = kernels.untouched(self.mix, type(self.mix)) and kernels.mixed(x, h, self.mix.weight)
+        return fast if isinstance(fast, Tensor) else self.mix(torch.cat([x, h], 1))
 
     def _activate(self, x: Tensor) -> Tensor:
         if self.activation == "relu":

@@ -1,0 +1,21 @@
+"""Fast forms of the light cells: the same parameters, the same results to rounding, less memory traffic.
+
+`regulate.equations` is the reference. Three faster forms stand beside it:
+
+    native   C++ for float32 on the CPU (light.cpp), compiled once per machine by the compiler that is there
+    triton   for CUDA
+    aten     torch operations that use their buffers again, for every device and type
+
+`"auto"` takes the first that fits the tensors at hand, and the reference where none does: dense kernels, maps
+that are not two-dimensional, tensor subclasses, function transforms, tracing and export. A setting for the
+process is the environment variable REGULATE_KERNELS, one for a while is `use`.
+"""
+
+from .build import why_not as why_no_native
+from .choose import CHOICES, use
+from .mixing import mixed
+from .norm import norm_relu
+from .step import step
+from .untouched import untouched
+
+__all__ = ["CHOICES", "mixed", "norm_relu", "step", "untouched", "use", "why_no_native"]

@@ -1,0 +1,53 @@
+"""The step of a light cell on the CPU, by light.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .build import call, channels_last, chunks
+
+_CELLS = {"rnn": 0, "gru": 1, "lstm": 2}
+
+Weights = tuple[Tensor, Tensor, Tensor]
+
+
+def forward(cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Weights) -> tuple[Tensor, Tensor]:
+    """One step. float32 on the CPU; x, h, c of one shape and one memory format.
+
+    Args:
+        cell: `"rnn"`, `"gru"` or `"lstm"`.
+        x: input, (N, C, H, W).
+        h: hidden state, or None for zeros.
+        c: cell state of an LSTM, or None for zeros.
+        weights: mix (G*C, 2, 1, 1), weight (G*C, 1, 3, 3) and bias (G*C,) of all gates, the candidate last.
+
+    Returns:
+        The new hidden state and the new cell state, which is empty for the other two cells.
+    """
+    new_h = torch.empty_like(x)
+    new_c = torch.empty_like(x) if cell == "lstm" else x.new_empty(0)
+    _step("regulate_forward", cell, x, chunks(x), *weights, x, h, c, new_h, new_c)
+    return new_h, new_c
+
+
+def backward(
+    cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Weights, dh: Tensor, dc: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The gradients of `forward`; dh and dc are those of its results. The gates are computed again.
+
+    Returns:
+        Those of x, h, c (empty for a cell without), mix, weight and bias.
+    """
+    parts = chunks(x)
+    dx, dh_old = torch.empty_like(x), torch.empty_like(x)
+    dc_old = torch.empty_like(x) if cell == "lstm" else x.new_empty(0)
+    # Each chunk of the batch has its own sums: no locks, and the same order of additions every time.
+    sums = [weight.new_empty(parts, *weight.shape) for weight in weights]
+    _step("regulate_backward", cell, x, parts, *weights, x, h, c, dh, dc, dx, dh_old, dc_old, *sums)
+    return dx, dh_old, dc_old, *(part.sum(0) for part in sums)
+
+
+def _step(name: str, cell: str, x: Tensor, parts: int, *tensors: Tensor | None) -> None:
+    sizes = [*x.shape, int(channels_last(x))]
+    call(name, _CELLS[cell], sizes, parts, torch.get_num_threads(), *tensors)

@@ -1,0 +1,70 @@
+// Vectors of 16 floats and the two activations. NaN and infinity come out as they would elsewhere: no -ffast-math.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+namespace {
+
+constexpr int LANES = 16;
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+typedef float quarter __attribute__((vector_size(16), aligned(4), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vec load(const float* p) { return *(const loose*)p; }
+INLINE void store(float* p, vec v) { *(loose*)p = v; }
+INLINE vec broadcast(float v) { return vec{} + v; }
+
+INLINE float total(vec v) {
+  float sum = 0;
+  for (int lane = 0; lane < LANES; ++lane) sum += v[lane];
+  return sum;
+}
+
+// exp(x) = 2^n exp(r), |r| <= ln(2)/2, by the Taylor polynomial of degree 7. Clamped where floats end; NaN stays NaN.
+INLINE vec exponential(vec x) {
+  x = x > 87.0f ? broadcast(87.0f) : x;
+  x = x < -87.0f ? broadcast(-87.0f) : x;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  vec shifted = x * 1.44269504f + magic;
+  vec n = shifted - magic;
+  vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  vec p = r * (1.0f / 5040) + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  ivec exponent = ((ivec)shifted - 0x4B400000 + 127) << 23;
+  return p * (vec)exponent;
+}
+
+INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// Odd Taylor polynomial near zero, where 1 - 2 / (1 + exp(2x)) would lose its digits.
+INLINE vec hyperbolic(vec x) {
+  vec s = x * x;
+  vec p = s * (-1382.0f / 155925) + 62.0f / 2835;
+  p = p * s - 17.0f / 315;
+  p = p * s + 2.0f / 15;
+  p = p * s - 1.0f / 3;
+  vec small = x + x * s * p;
+  vec large = 1.0f - 2.0f / (1.0f + exponential(2.0f * x));
+  return s < 0.1f ? small : large;
+}
+
+// Copies a row; rows are short, and a call of memcpy would cost more than the copy.
+INLINE void copy(float* to, const float* from, int64_t count) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) store(to + i, load(from + i));
+  for (; i + 4 <= count; i += 4) *(quarter*)(to + i) = *(const quarter*)(from + i);
+  for (; i < count; ++i) to[i] = from[i];
+}
+
+}  // namespace
