@@ -12,6 +12,8 @@ from .guard import check_regulated, holders
 
 # Of each thread: `off`, the ids of the holders that run without their regulators.
 _thread = threading.local()
+# The importing thread has it from the start: coming into being would be one more reason to compile anew.
+_thread.off = frozenset()
 
 
 @contextmanager
