@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 import regulate
-from regulate.cli import load_model
+from regulate.named import load_model
 
 
 def seconds(work: Callable[[], object], runs: int = 5) -> float:

@@ -21,6 +21,7 @@ from .errors import (
     UnknownStageError,
     UnsupportedModelError,
 )
+from .fold import optimize_for_inference
 from .freeze import freeze_backbone
 from .guard import is_regulated
 from .plan import Block, Plan, Skipped, Stage
@@ -41,6 +42,7 @@ __all__ = [
     "save_pretrained",
     "from_pretrained",
     "freeze_backbone",
+    "optimize_for_inference",
     "regulator_parameters",
     "regulator_state_dict",
     "RegulatorConfig",

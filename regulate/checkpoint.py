@@ -23,6 +23,7 @@ from .fit import (
     identity,
     layout,
 )
+from .fold import is_folded
 from .guard import MARK, check_model, check_regulated, holders, regulators, unwrapped
 from .planner import draw
 
@@ -45,12 +46,16 @@ def save(model: nn.Module, path: File, *, regulator_only: bool = False, also: Se
     Raises:
         NotRegulatedError: there are no regulators.
         CheckpointError: the model holds something that cannot be stored: a cell of the user's own, a
-            tensor that is sharded or quantized, parts that were regulated with different options.
+            tensor that is sharded or quantized, norms that were folded, parts that were regulated with different options.
         ValueError: `also` names no tensors, or comes without `regulator_only`.
         FileNotFoundError: there is no such folder.
     """
     check_regulated(model)
     model = unwrapped(model)
+    if is_folded(model):
+        raise CheckpointError(
+            "a network that is optimized for inference has lost its norms and cannot be stored; save the original"
+        )
     state = _state(model)
     record = {
         "model": identity(model),

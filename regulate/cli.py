@@ -1,67 +1,26 @@
-"""`python -m regulate plan|verify|inspect MODEL` and `python -m regulate paper`."""
+"""`python -m regulate plan|verify|inspect|bench MODEL` and `python -m regulate paper`."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from .api import regulate
+from .archive import replaced
 from .checkpoint import load
 from .config import CELL_NAMES, CHOICES, RegulatorConfig
 from .errors import RegulateError
+from .named import load_model
 from .planner import draw
 from .survey import wished_size
 from .verify import verify
 
-
-class ModelNameError(ValueError):
-    """There is no model of the name that was asked for."""
-
-
-def load_model(name: str, pretrained: bool = False) -> nn.Module:
-    """Builds a model by its timm name, or torchvision's as `torchvision/NAME`.
-
-    Raises:
-        ModelNameError: there is none of that name; the message lists the closest.
-        ModuleNotFoundError: the library is not installed.
-    """
-    return _from_torchvision(name[12:], pretrained) if name.startswith("torchvision/") else _from_timm(name, pretrained)
-
-
-def _from_timm(name: str, pretrained: bool) -> nn.Module:
-    import timm
-
-    if not timm.is_model(name):
-        raise ModelNameError(_unknown(name, timm.list_models(), "timm"))
-    model: nn.Module = timm.create_model(name, pretrained=pretrained)
-    return model
-
-
-def _from_torchvision(name: str, pretrained: bool) -> nn.Module:
-    from torchvision import models
-
-    if name not in models.list_models():
-        raise ModelNameError(_unknown(name, models.list_models(), "torchvision"))
-    weights: dict[str, Any] = {"weights": "DEFAULT" if pretrained else None}
-    if name in models.list_models(models.detection) + models.list_models(models.segmentation):
-        weights["weights_backbone"] = None
-    if name in models.list_models(models.quantization):
-        weights["quantize"] = False
-    model: nn.Module = models.get_model(name, **weights)
-    return model
-
-
-def _unknown(name: str, there: Sequence[str], library: str) -> str:
-    close = difflib.get_close_matches(name, there, 3)
-    hint = f"did you mean {', '.join(close)}?" if close else f"see {library}'s list_models()"
-    return f"{library} has no model {name!r}; {hint}"
+MODEL = "a timm name, torchvision/NAME, or cifar/DEPTH"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         ("verify", "regulate the model and check identity and gradients; exit code 1 if they fail"),
     ):
         sub = commands.add_parser(command, help=text, description=text)
-        sub.add_argument("model", help="a timm name, or torchvision/NAME")
+        sub.add_argument("model", help=MODEL)
         sub.add_argument("--cell", default="lstm", choices=CELL_NAMES)
         for option, allowed in CHOICES.items():
             sub.add_argument(f"--{option}", default=allowed[0], choices=allowed)
@@ -82,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--pretrained", action="store_true", help="with the library's pretrained weights")
         sub.add_argument("--json", action="store_true", help="JSON instead of text")
     _add_inspect(commands)
+    _add_bench(commands)
     text = "the parameters and FLOPs that the paper prints, beside those that its architectures have"
     commands.add_parser("paper", help=text, description=text)
     return parser
@@ -90,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_inspect(commands: Any) -> None:
     text = "draw a regulated model's maps, gates, hidden states and similarities for a folder of images"
     sub = commands.add_parser("inspect", help=text, description=text)
-    sub.add_argument("model", help="a timm name, or torchvision/NAME")
+    sub.add_argument("model", help=MODEL)
     sub.add_argument("--weights", help="a file of regulate.save; without it the model is regulated afresh")
     sub.add_argument("--cell", default="lstm", choices=CELL_NAMES, help="without --weights")
     sub.add_argument("--images", required=True, help="a folder of images, or one with a folder for each class")
@@ -98,6 +58,25 @@ def _add_inspect(commands: Any) -> None:
     sub.add_argument("--size", type=int, help="height and width; by default the model's own")
     sub.add_argument("--out", default="runs/inspect", help="folder of the figures")
     sub.add_argument("--pretrained", action="store_true", help="with the library's pretrained weights")
+
+
+def _add_bench(commands: Any) -> None:
+    text = "time and memory of a network, plain and regulated in turn"
+    sub = commands.add_parser("bench", help=text, description=text)
+    sub.add_argument("model", help=MODEL)
+    sub.add_argument("--cell", default="lstm", choices=CELL_NAMES)
+    for option in ("kernel", "fusion", "norm"):
+        sub.add_argument(f"--{option}", default=CHOICES[option][0], choices=CHOICES[option])
+    sub.add_argument("--train", action="store_true", help="a training step instead of inference")
+    sub.add_argument("--batch", type=int, default=8)
+    sub.add_argument("--size", type=int, help="height and width; by default the model's own")
+    sub.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    sub.add_argument("--amp", action="store_true", help="autocast to bfloat16")
+    sub.add_argument("--channels-last", action="store_true")
+    sub.add_argument("--compile", action="store_true", help="both with torch.compile")
+    sub.add_argument("--rounds", type=int, default=10, help="measured steps of each")
+    sub.add_argument("--by-stage", action="store_true", help="also with one stage regulated at a time")
+    sub.add_argument("--json", metavar="FILE", help="write the figures there, too")
 
 
 def _config(args: argparse.Namespace) -> RegulatorConfig:
@@ -157,6 +136,20 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from .bench import Setting, measure, report
+
+    names = ("train", "batch", "size", "device", "amp", "channels_last", "compile", "rounds")
+    config = RegulatorConfig(args.cell, args.kernel, args.fusion, norm=args.norm)
+    options = {name: getattr(args, name) for name in names}
+    found = measure(Setting(args.model, config, **options, stages=args.by_stage))
+    if args.json:
+        with replaced(args.json) as path:
+            path.write_text(json.dumps(found, indent=1))
+    print(report(found))
+    return 0
+
+
 def _paper(args: argparse.Namespace) -> int:
     from .paper import compare
 
@@ -164,11 +157,14 @@ def _paper(args: argparse.Namespace) -> int:
     return 0
 
 
+_COMMANDS = {"plan": _plan, "verify": _verify, "inspect": _inspect, "bench": _bench, "paper": _paper}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. Returns 0, 1 for a failed check, 2 for an error, which is one line on stderr."""
     args = _parser().parse_args(arguments)
     try:
-        return {"plan": _plan, "verify": _verify, "inspect": _inspect, "paper": _paper}[args.command](args)
+        return _COMMANDS[args.command](args)
     except ModuleNotFoundError as error:
         message = f"this needs {error.name}, which is not installed; pip install {error.name}"
     except (RegulateError, ValueError, TypeError, RuntimeError, OSError) as error:

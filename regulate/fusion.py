@@ -13,7 +13,7 @@ from . import kernels
 from .equations import State
 
 _BATCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class Fusion(nn.Module):
         cell: the stage's shared cell; the first block of a stage owns it.
     """
 
+    folded = False  # by optimize_for_inference
+
     def __init__(
         self,
         read: int,
@@ -78,7 +80,7 @@ class Fusion(nn.Module):
         if cell is not None:
             self.cell = cell
         self.hidden_norm = norm.build(read, dims)
-        self.mix = _CONV[dims](write + read, write, 1, bias=False)
+        self.mix = CONV[dims](write + read, write, 1, bias=False)
         self.mix_norm = norm.build(write, dims) if normalise else nn.Identity()
         self.skip, self.activation = skip, activation
 
@@ -101,8 +103,12 @@ class Fusion(nn.Module):
         return self._activate(x + fused if self.skip else fused), (h, *state[1:])
 
     def _mixed(self, x: Tensor, h: Tensor) -> Tensor:
-        fast = kernels.untouched(self.mix, type(self.mix)) and kernels.mixed(x, h, self.mix.weight)
-        return fast if isinstance(fast, Tensor) else self.mix(torch.cat([x, h], 1))
+        if kernels.untouched(self.mix, nn.Conv2d):
+            fast = kernels.mixed(x, h, self.mix.weight, self.mix.bias)
+            if fast is not None:
+                return fast
+        fused: Tensor = self.mix(torch.cat([x, h], 1))
+        return fused
 
     def _activate(self, x: Tensor) -> Tensor:
         if self.activation == "relu":

@@ -14,9 +14,9 @@ except ImportError:  # timm before 1.0.12
 
 from regulate import regulate
 from regulate.build import private_rng
-from regulate.cli import load_model
 from regulate.guard import regulators
 from regulate.models import cifar_resnet
+from regulate.named import load_model
 from regulate.verify import example_inputs, perturb
 
 

@@ -27,7 +27,7 @@ from regulate import (
     save,
     unregulate,
 )
-from regulate.cli import load_model
+from regulate.named import load_model
 
 from .helpers import network, stir, stirred
 
@@ -235,7 +235,7 @@ KILLED = """
 import os, signal, sys
 import safetensors.torch
 from regulate import archive, regulate, save
-from regulate.cli import load_model
+from regulate.named import load_model
 
 def half(tensors, path, metadata):
     safetensors.torch.save_file(tensors, path, metadata=metadata)

@@ -11,9 +11,10 @@ import pytest
 from timm import create_model
 
 from regulate import NoBlocksError, Plan, RegulatorConfig, plan, regulate
-from regulate.cli import load_model, main
+from regulate.cli import main
 from regulate.guard import regulators
 from regulate.models import cifar_resnet
+from regulate.named import load_model
 
 
 def test_config_round_trip_through_json():

@@ -14,7 +14,7 @@ from timm import create_model
 
 import regulate
 from regulate import plan
-from regulate.cli import load_model
+from regulate.named import load_model
 
 from .zoo import COUNTS
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from regulate import plan, regulate
-from regulate.cli import load_model
 from regulate.config import RegulatorConfig
+from regulate.named import load_model
 from regulate.skeleton import skeleton
 from regulate.survey import survey
 from regulate.trace import trace

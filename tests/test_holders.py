@@ -14,9 +14,9 @@ from torchvision.models import detection, segmentation
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from regulate import is_regulated, plan, regulate, unregulate
-from regulate.cli import load_model
 from regulate.guard import holders
 from regulate.models import CifarBlock
+from regulate.named import load_model
 from regulate.verify import distance, example_inputs, perturb
 
 from .helpers import stir

@@ -10,9 +10,10 @@ import torch
 from matplotlib.image import imread, imsave
 
 from regulate import freeze_backbone, kernels, regulate, save
-from regulate.cli import load_model, main
+from regulate.cli import main
 from regulate.figures import draw
 from regulate.inspect import block_accuracy, gate_statistics, hidden_norm, outputs, record, similarity
+from regulate.named import load_model
 from regulate.watch import GradientWatch
 
 from .helpers import network, stirred

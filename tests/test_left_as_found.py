@@ -7,7 +7,7 @@ import torch
 from timm import create_model
 
 from regulate import calibrate, plan, regulate, regulator_state_dict
-from regulate.cli import load_model
+from regulate.named import load_model
 
 from .helpers import network
 

@@ -12,8 +12,8 @@ from sklearn.datasets import load_digits
 from timm import create_model
 
 from regulate import freeze_backbone, regulate, regulator_parameters
-from regulate.cli import load_model
 from regulate.models import cifar_resnet
+from regulate.named import load_model
 
 from .helpers import network, stirred
 

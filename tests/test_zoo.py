@@ -17,8 +17,8 @@ from torchvision import models
 
 from regulate import NoBlocksError, Plan, plan, regulate
 from regulate.build import private_rng
-from regulate.cli import load_model
 from regulate.config import RegulatorConfig
+from regulate.named import load_model
 from regulate.skeleton import skeleton
 from regulate.survey import survey, wished_size
 from regulate.verify import distance, example_inputs, perturb, verify_pair

@@ -12,10 +12,10 @@ process is the environment variable REGULATE_KERNELS, one for a while is `use`.
 """
 
 from .build import why_not as why_no_native
-from .choose import CHOICES, use
+from .choose import CHOICES, setting, use
 from .mixing import mixed
 from .norm import norm_relu
 from .step import step
 from .untouched import untouched
 
-__all__ = ["CHOICES", "mixed", "norm_relu", "step", "untouched", "use", "why_no_native"]
+__all__ = ["CHOICES", "mixed", "norm_relu", "setting", "step", "untouched", "use", "why_no_native"]

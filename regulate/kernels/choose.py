@@ -20,6 +20,11 @@ if _setting not in CHOICES:
     raise ValueError(f"REGULATE_KERNELS must be one of {', '.join(CHOICES)}; it is {_setting!r}")
 
 
+def setting() -> str:
+    """The form that is asked for, one of `CHOICES`."""
+    return _setting
+
+
 @contextmanager
 def use(choice: str) -> Iterator[None]:
     """Runs the body's steps in the given form, where the tensors allow it, and else in the readable one.
@@ -63,10 +68,11 @@ def choose(cell: str, x: Tensor, state: tuple[Tensor, ...] | None, weights: Sequ
         gates: how many gates they hold in all.
     """
     tensors = (x, *(state or ()), *weights)
-    if _setting == "reference" or not _plain(tensors) or not _fitting(cell, x, state, weights, gates):
+    if _setting == "reference" or not _plain(tensors):
         return None
     compiling = torch.compiler.is_compiling()
-    if (compiling and _exporting()) or (not compiling and _transformed()):
+    # First what is being traced: its shapes are not to be looked at.
+    if (_exporting() if compiling else _transformed()) or not _fitting(cell, x, state, weights, gates):
         return None
     device = x.device.type
     mixed = torch.is_autocast_enabled(device) if device in ("cpu", "cuda") else False

@@ -8,8 +8,8 @@ from torch import Tensor
 from .choose import eager_on_cpu
 
 
-def mixed(x: Tensor, h: Tensor, weight: Tensor) -> Tensor | None:
-    """`W * concat[x, h]` for a 1x1 convolution W without bias, or None where the convolution is the better way.
+def mixed(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """`W * concat[x, h] + b` for a 1x1 convolution, or None where the convolution is the better way.
 
     The concatenation is neither made nor kept for the backward, and at few channels a matrix product per image
     costs a third of the convolution. On the CPU, outside compiling and tracing.
@@ -18,6 +18,7 @@ def mixed(x: Tensor, h: Tensor, weight: Tensor) -> Tensor | None:
         x: (N, M, H, W).
         h: (N, R, H, W).
         weight: (K, M + R, 1, 1).
+        bias: (K,), or None.
 
     Returns:
         (N, K, H, W) in x's memory format.
@@ -29,11 +30,14 @@ def mixed(x: Tensor, h: Tensor, weight: Tensor) -> Tensor | None:
     if x.is_contiguous():
         # Not matmul: it folds the batch into the columns, which leaves the result transposed.
         of_x, of_h = (part.expand(len(x), -1, -1) for part in (rows[:, :m], rows[:, m:]))
-        flat = torch.bmm(of_x, x.flatten(2)).baddbmm_(of_h, h.flatten(2))
+        pixels = x.flatten(2)
+        flat = torch.bmm(of_x, pixels) if bias is None else torch.baddbmm(bias[:, None], of_x, pixels)
+        flat = flat.baddbmm_(of_h, h.flatten(2))
         return flat.view(len(x), k, *x.shape[2:])
     if x.is_contiguous(memory_format=torch.channels_last):
-        pixels = (part.permute(0, 2, 3, 1).reshape(-1, part.shape[1]) for part in (x, h))
-        of_x = torch.matmul(next(pixels), rows[:, :m].t())
-        flat = of_x.addmm_(next(pixels), rows[:, m:].t())
+        of_x, of_h = (part.permute(0, 2, 3, 1).reshape(-1, part.shape[1]) for part in (x, h))
+        w = rows[:, :m].t()
+        flat = torch.mm(of_x, w) if bias is None else torch.addmm(bias, of_x, w)
+        flat = flat.addmm_(of_h, rows[:, m:].t())
         return flat.view(len(x), *x.shape[2:], k).permute(0, 3, 1, 2)
     return None

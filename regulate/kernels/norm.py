@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..scale import ScaleShift
 from .build import call, channels_last, chunks
 from .choose import native_here
 from .untouched import untouched
@@ -24,16 +25,23 @@ def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
     Returns:
         A new tensor of x's shape.
     """
-    if isinstance(norm, nn.BatchNorm2d) and untouched(norm, nn.BatchNorm2d) and native_here(x, *norm.parameters()):
-        form = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-        if x.dim() == 4 and x.shape[1] == norm.num_features and norm.affine:
-            x = x.contiguous(memory_format=form)
-            if norm.training or norm.running_mean is None:
-                if x.numel() > x.shape[1]:  # torch's norm says what is wrong with a single value
-                    return _in_training(norm, x)
-            elif not torch.is_grad_enabled():
-                return _evaluating(norm, x)
+    if isinstance(norm, ScaleShift) and _native(norm, ScaleShift, x, norm.scale):
+        return _scaled(_dense(x), norm.scale, norm.shift)
+    if isinstance(norm, nn.BatchNorm2d) and norm.affine and _native(norm, nn.BatchNorm2d, x, norm.weight):
+        if norm.training or norm.running_mean is None:
+            if x.numel() > x.shape[1]:  # torch's norm says what is wrong with a single value
+                return _in_training(norm, _dense(x))
+        elif not torch.is_grad_enabled():
+            return _evaluating(norm, _dense(x))
     return F.relu(norm(x))
+
+
+def _native(norm: nn.Module, cls: type[nn.Module], x: Tensor, values: Tensor) -> bool:
+    return untouched(norm, cls) and native_here(x, values) and x.dim() == 4 and x.shape[1] == len(values)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
 
 
 def _evaluating(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:

@@ -1,0 +1,98 @@
+"""Folding the norms of a regulated network away, for inference."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UnsupportedModelError
+from .fusion import CONV, Fusion
+from .guard import check_regulated, regulators, unwrapped
+from .scale import ScaleShift
+
+
+def optimize_for_inference(model: nn.Module) -> nn.Module:
+    """A copy of a regulated network that computes the same in fewer operations, for inference only.
+
+    In every fusion the norm of the fused map, and the map itself where it is added, go into the 1x1
+    convolution; the norm of H becomes one multiplication and one addition per element. What has no running
+    statistics stays as it is (group norm), and so does the backbone: its norms are for the tools that fold
+    convolutions and norms of any network.
+
+    Args:
+        model: a regulated network, in whatever mode; it is not changed. A wrapper around one will do, the
+            copy is of what it holds.
+
+    Returns:
+        The copy, in eval mode and without gradients. Outputs agree to rounding. It can be exported and
+        compiled, but neither be trained on nor saved by `regulate.save`: keep the original.
+
+    Raises:
+        NotRegulatedError: there are no regulators.
+        UnsupportedModelError: it is such a copy already.
+
+    Example:
+        >>> import torch
+        >>> from regulate import optimize_for_inference, regulate
+        >>> from torchvision.models import resnet18
+        >>> regulated, images = regulate(resnet18()).eval(), torch.randn(1, 3, 64, 64)
+        >>> torch.allclose(optimize_for_inference(regulated)(images), regulated(images), rtol=1e-4, atol=1e-4)
+        True
+    """
+    check_regulated(model)
+    if is_folded(model):
+        raise UnsupportedModelError("this network is optimized for inference already; start from the original")
+    folded = copy.deepcopy(unwrapped(model)).eval().requires_grad_(False)
+    for _, fusion in regulators(folded):
+        assert isinstance(fusion, Fusion)
+        _fold(fusion)
+    return folded
+
+
+def is_folded(model: nn.Module) -> bool:
+    """Whether a network came out of `optimize_for_inference`."""
+    return any(fusion.folded for _, fusion in regulators(unwrapped(model)) if isinstance(fusion, Fusion))
+
+
+def _fold(fusion: Fusion) -> None:
+    """In place; the order matters: first the norm after the convolution, then what is added behind it."""
+    fusion.folded = True
+    scaled = scale_and_shift(fusion.hidden_norm)
+    if scaled is not None:
+        fusion.hidden_norm = ScaleShift(*scaled)
+    weight = fusion.mix.weight.clone()
+    bias = weight.new_zeros(len(weight))
+    scaled = scale_and_shift(fusion.mix_norm)
+    if scaled is not None:
+        scale, bias = scaled
+        weight *= _column(scale, weight)
+        fusion.mix_norm = nn.Identity()
+    if not isinstance(fusion.mix_norm, nn.Identity):
+        return
+    if fusion.skip:
+        weight[:, : len(weight)] += _column(torch.eye(len(weight)).to(weight), weight)
+        fusion.skip = False
+    fusion.mix = CONV[weight.dim() - 2](weight.shape[1], len(weight), 1).to(weight).requires_grad_(False)
+    fusion.mix.weight.copy_(weight)
+    assert fusion.mix.bias is not None
+    fusion.mix.bias.copy_(bias)
+
+
+def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """What a batch norm does in eval mode, `x * scale + shift`; None for any other norm."""
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None or norm.running_var is None:
+        return None
+    # In double, as the norm's own square root is not rounded to the parameters' type either.
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.affine:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale + (norm.bias.double() if norm.affine else 0.0)
+    return scale.to(norm.running_mean.dtype), shift.to(norm.running_mean.dtype)
+
+
+def _column(values: Tensor, weight: Tensor) -> Tensor:
+    """(M,) or (M, M) with ones behind for the axes of a convolution's weight."""
+    rows = values if values.dim() == 2 else values[:, None]
+    return rows.view(*rows.shape, *(1,) * (weight.dim() - 2))

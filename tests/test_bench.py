@@ -1,0 +1,68 @@
+"""The benchmark: what it measures, and how it is called."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from regulate import RegulatorConfig, bench, kernels
+from regulate.bench import Setting, in_turn, measure, report
+from regulate.cli import main
+
+
+def test_the_networks_take_turns():
+    order = []
+    found = in_turn({name: lambda name=name: order.append(name) for name in "ab"}, 3)
+    assert "".join(order) == "ab" * 5
+    assert {name: len(own) for name, own in found.items()} == {"a": 3, "b": 3}
+
+
+def test_figures_and_their_ratios():
+    found = measure(Setting("cifar/20", RegulatorConfig("gru"), train=True, batch=4, size=16, rounds=2, stages=True))
+    seconds, peaks = found["seconds"], found["peak_bytes"]
+    assert list(seconds) == ["plain", "regulated", "layer1", "layer2", "layer3"]
+    assert found["ratio"]["regulated"] == seconds["regulated"] / seconds["plain"]
+    assert found["throughput"]["plain"] == 4 / seconds["plain"]
+    assert found["memory_ratio"] == peaks["regulated"] / peaks["plain"]
+    # 272,474 parameters with gradients and momenta are three megabytes.
+    assert 3e6 < peaks["plain"] < 4e8
+    assert found["arithmetic"] == pytest.approx(1.13, abs=0.05)
+    assert found["machine"]["kernels"] == "auto"
+    text = report(found)
+    assert "cifar/20, gru light, train step, batch 4, 16x16, float32, NCHW, eager" in text
+    assert "only layer2" in text
+
+
+def test_a_network_that_takes_more_memory_is_seen_to():
+    small, large = (
+        bench.peak_bytes(Setting("cifar/20", RegulatorConfig(), True, batch), None, 32) for batch in (1, 64)
+    )
+    # 64 images of 21 maps of some 0.1 MB each.
+    assert large - small > 5e7
+
+
+def test_channels_last_and_autocast_reach_the_step():
+    seen = []
+    setting = Setting("cifar/20", RegulatorConfig(), batch=2, channels_last=True, amp=True)
+    model = bench.load_model("cifar/20")
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0].is_contiguous()))
+    model.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "load_model", lambda name: model)
+        bench.step(setting, None, 16)()
+    assert seen == [False, torch.bfloat16]
+
+
+def test_the_command(tmp_path, capsys):
+    out = tmp_path / "found.json"
+    command = ["bench", "cifar/20", "--cell", "rnn", "--batch", "2", "--size", "16", "--rounds", "1"]
+    assert main([*command, "--json", str(out)]) == 0
+    assert "multiply-adds 1." in capsys.readouterr().out
+    assert json.loads(out.read_text())["setting"]["config"]["cell"] == "rnn"
+    assert main([*command, "--json", str(tmp_path / "none" / "found.json")]) == 2
+    assert capsys.readouterr().err.startswith("regulate: there is no folder")
+    assert main(["bench", "cifar/many"]) == 2
+    assert "cifar/20 and so on" in capsys.readouterr().err
+    assert kernels.setting() == "auto"

@@ -1,0 +1,211 @@
+"""Which form of a step runs: where a fast one must not, how it is chosen, how the library comes about."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import nn
+from torch.func import functional_call, stack_module_state, vmap
+from torch.nn.utils import parametrize, prune
+
+from regulate import ConvGRUCell, ConvLSTMCell, kernels, regulate
+from regulate.kernels import aten, native, op
+
+from .helpers import network
+
+X = torch.randn(2, 4, 6, 5)
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """The fast forms that ran, in turn."""
+    ran = []
+
+    def watched(name, run):
+        def inner(*args, **kwargs):
+            ran.append(name)
+            return run(*args, **kwargs)
+
+        return inner
+
+    monkeypatch.setattr(native, "forward", watched("native", native.forward))
+    monkeypatch.setattr(aten, "step", watched("aten", aten.step))
+    return ran
+
+
+def test_the_choice(fast):
+    cell = ConvLSTMCell(4)
+    cell(X)
+    with kernels.use("aten"):
+        cell(X)
+        with kernels.use("reference"):
+            cell(X)
+    with kernels.use("native"):
+        cell.double()(X.double())  # which the native form cannot, and the readable one takes over
+    cell(X.double())
+    assert fast == ["native", "aten", "aten"]
+    assert kernels.setting() == "auto"
+
+
+def test_an_unknown_form_is_an_error():
+    with (
+        pytest.raises(ValueError, match="one of auto, native, triton, aten, reference; got 'fast'"),
+        kernels.use("fast"),
+    ):
+        pass
+
+
+def hooked(cell):
+    cell.gates.register_forward_hook(lambda module, args, out: tuple(gate + 1 for gate in out))
+
+
+def patched(cell):
+    forward = cell.gates.forward
+    cell.gates.forward = lambda x, h: tuple(gate + 1 for gate in forward(x, h))
+
+
+def replaced(cell):
+    class Other(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.mix, self.weight, self.bias = inner, inner.mix, inner.weight, inner.bias
+
+        def forward(self, x, h):
+            return tuple(gate + 1 for gate in self.inner(x, h))
+
+    cell.gates = Other(cell.gates)
+
+
+@pytest.mark.parametrize("change", [hooked, patched, replaced])
+def test_what_somebody_does_to_a_gate_convolution_is_not_bypassed(change, fast):
+    cell = ConvLSTMCell(4)
+    (before, _), _ = cell(X), fast.clear()
+    change(cell)
+    after, _ = cell(X)
+    assert not fast
+    assert not torch.allclose(before, after, atol=1e-3)
+
+
+def test_pruning_and_parametrizations_count(fast):
+    cell, other = ConvLSTMCell(4), ConvLSTMCell(4)
+    prune.l1_unstructured(cell.gates, "weight", 0.5)
+    parametrize.register_parametrization(other.gates, "weight", Doubled())
+    for one in (cell, other):
+        with kernels.use("reference"):
+            expected = one(X)
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(one(X), expected, strict=True))
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_a_dense_kernel_and_other_numbers_of_axes_take_the_readable_form(fast):
+    ConvLSTMCell(4, "dense")(X)
+    ConvLSTMCell(4, dims=1)(X[..., 0])
+    ConvLSTMCell(4, dims=3)(X[..., None])
+    assert not fast
+
+
+def test_states_of_another_shape_are_for_torch_to_judge(fast):
+    cell = ConvGRUCell(4)
+    cell(X, (X[:1],))
+    with pytest.raises(RuntimeError):
+        cell(X, (X[:, :3],))
+    assert not fast
+
+
+def test_under_autocast_on_the_cpu(fast):
+    with torch.autocast("cpu", torch.bfloat16):
+        h, _ = ConvLSTMCell(4)(X.bfloat16())
+    assert h.dtype == torch.bfloat16
+    assert not fast
+
+
+def test_function_transforms_and_forward_mode(fast):
+    cells = [ConvLSTMCell(4) for _ in range(3)]
+    parameters, buffers = stack_module_state(cells)
+    many, _ = vmap(lambda p, b: functional_call(cells[0], (p, b), (X,)))(parameters, buffers)
+    with forward_ad.dual_level():
+        h, _ = cells[0](forward_ad.make_dual(X, torch.ones_like(X)))
+        assert forward_ad.unpack_dual(h).tangent is not None
+    assert not fast
+    assert torch.allclose(many[1], cells[1](X)[0], atol=1e-6)
+
+
+def test_traced_and_exported_programs_run_without_this_package():
+    model = regulate(network("resnet18"))
+    image = torch.randn(1, 3, 64, 64)
+    exported = torch.export.export(model, (image,))
+    assert "regulate" not in {
+        node.target.namespace for node in exported.graph.nodes if hasattr(node.target, "namespace")
+    }
+    assert "light_step" not in str(torch.jit.trace(model, image).inlined_graph)
+
+
+def test_compiled_networks_call_the_operator():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.compile(ConvLSTMCell(4), backend=backend, fullgraph=True)(X)
+    assert op.light_step._opoverload in {node.target for graph in graphs for node in graph.graph.nodes}
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "always", "-c", code]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+
+
+STEP = "import torch, regulate; torch.manual_seed(0); h, c = regulate.ConvLSTMCell(4)(torch.ones(1, 4, 3, 3)); "
+SHOW = STEP + "print(round(h.sum().item(), 4), regulate.kernels.why_no_native())"
+
+
+def test_the_environment_variable():
+    done = python("import regulate; print(regulate.kernels.setting())", REGULATE_KERNELS="aten")
+    assert done.stdout == "aten\n"
+    done = python("import regulate", REGULATE_KERNELS="quick")
+    assert "REGULATE_KERNELS must be one of auto, native, triton, aten, reference; it is 'quick'" in done.stderr
+
+
+def test_without_a_compiler_the_network_computes_the_same(tmp_path):
+    expected = python(SHOW).stdout.split()
+    assert expected[1] == "None"
+    missing = python(SHOW, CXX="", PATH="", XDG_CACHE_HOME=str(tmp_path))
+    assert missing.stdout.split(maxsplit=1) == [expected[0], "no C++ compiler was found; install g++ or set CXX\n"]
+    broken = python(SHOW, CXX="false", XDG_CACHE_HOME=str(tmp_path))
+    assert broken.stdout.startswith(f"{expected[0]} false made no library that loads")
+    assert broken.stderr.count("regulate computes without its CPU kernel: false made no library") == 1
+
+
+def test_the_library_is_compiled_once_and_wholly(tmp_path):
+    for _ in range(2):
+        assert python(SHOW, XDG_CACHE_HOME=str(tmp_path)).stdout.endswith("None\n")
+    (library,) = (tmp_path / "regulate").iterdir()
+    assert library.suffix == ".so"
+    # Nothing compiles where the library is there already.
+    assert python(SHOW, XDG_CACHE_HOME=str(tmp_path), TMPDIR="/nowhere").stdout.endswith("None\n")
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    done = python(SHOW, XDG_CACHE_HOME=str(file), TMPDIR=str(tmp_path))
+    assert done.stdout.endswith("None\n")
+    assert [path.name.startswith("regulate-") for path in tmp_path.iterdir() if path.is_dir()] == [True]
+
+
+def test_the_sources_are_in_the_package():
+    names = {path.name for path in Path(kernels.__file__).parent.iterdir()}
+    assert {"vec.h", "light.cpp", "norm.cpp"} <= names
+    setup = (Path(__file__).parents[1] / "setup.cfg").read_text()
+    assert "regulate.kernels = *.cpp, *.h" in setup

@@ -1,0 +1,138 @@
+"""The fast norm with ReLU and the fast 1x1 mix of the fusion, against torch's."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from regulate import kernels
+from regulate.fusion import Fusion, Norm
+from regulate.kernels import norm as native_norm
+from regulate.scale import ScaleShift
+
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+SHAPES = ((3, 5, 7, 6), (9, 33, 1, 1), (4, 17, 5, 9), (2, 20, 90, 61))
+
+
+def norm(channels, **options):
+    made = nn.BatchNorm2d(channels, **options)
+    with torch.no_grad():
+        made.weight.uniform_(-1, 2)
+        made.bias.normal_()
+        made.running_mean.normal_() if made.track_running_stats else None
+    return made
+
+
+def images(shape, layout, mean=3.0):
+    return (torch.randn(shape) + mean).to(memory_format=layout).requires_grad_()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "last"])
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"track_running_stats": False}, {"eps": 0.1}], ids=str)
+def test_norm_and_relu_in_training(options, layout):
+    for shape in SHAPES:
+        ours = norm(shape[1], **options)
+        # In double: what torch's own rounding is off counts as much as ours.
+        theirs = copy.deepcopy(ours).double()
+        x = images(shape, layout)
+        wide = x.detach().double().requires_grad_()
+        for _ in range(2):
+            y, expected = kernels.norm_relu(ours, x), F.relu(theirs(wide))
+            assert torch.allclose(y.double(), expected, atol=1e-5)
+            assert type(y.grad_fn).__name__ == "_NormReLUBackward"
+        weight = torch.randn(shape) * (expected > 1e-4)  # where rounding cannot move it across zero
+        found = torch.autograd.grad(y, [x, ours.weight, ours.bias], weight)
+        right = torch.autograd.grad(expected, [wide, theirs.weight, theirs.bias], weight.double())
+        for a, b in zip(found, right, strict=True):
+            assert torch.allclose(a.double(), b, atol=1e-4 * (b.abs().max().item() + 1))
+        for (key, a), (_, b) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
+            assert torch.allclose(a.double(), b.double(), atol=1e-5), key
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "last"])
+def test_norm_and_relu_in_eval_mode(layout):
+    for shape in SHAPES:
+        x, part = images(shape, layout), norm(shape[1]).eval()
+        with torch.no_grad():
+            y = kernels.norm_relu(part, x)
+            assert torch.allclose(y, F.relu(part(x)), atol=1e-5)
+            assert y.stride() == x.stride()
+            folded = ScaleShift(torch.rand(shape[1]), torch.randn(shape[1]))
+            assert torch.allclose(kernels.norm_relu(folded, x), F.relu(folded(x)), atol=1e-5)
+
+
+def test_gradients_of_gradients_of_the_norm():
+    def penalty(form):
+        with kernels.use(form):
+            (grad,) = torch.autograd.grad(kernels.norm_relu(part, x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), [x, part.weight, part.bias])
+
+    part, x = norm(5), images((3, 5, 4, 6), torch.contiguous_format, 0.0)
+    for a, b in zip(penalty("native"), penalty("reference"), strict=True):
+        assert torch.allclose(a, b, atol=1e-3 * b.abs().max().item())
+
+
+def test_moments_keep_their_digits():
+    """A mean a thousand times the deviation: E[x^2] - E[x]^2 would have nothing left."""
+    for layout in LAYOUTS:
+        x = (torch.randn(6, 18, 70, 70) + 1000).to(memory_format=layout)
+        mean, variance = native_norm._moments(x)
+        wide = x.double()
+        assert torch.allclose(mean.double(), wide.mean((0, 2, 3)), rtol=1e-7)
+        assert torch.allclose(variance.double(), wide.var((0, 2, 3), unbiased=False), rtol=1e-5)
+
+
+def test_nan_comes_through():
+    x = torch.randn(2, 3, 4, 4)
+    x[0, 1, 2, 2] = float("nan")
+    part = norm(3)
+    assert kernels.norm_relu(part, x)[:, 1].isnan().all()
+    with torch.no_grad():
+        assert kernels.norm_relu(part.eval(), torch.full((1, 3, 2, 2), float("nan"))).isnan().all()
+
+
+def test_norms_that_are_not_plain_run_themselves():
+    class Louder(nn.BatchNorm2d):
+        def forward(self, x):
+            return 10 * super().forward(x)
+
+    x = torch.randn(2, 3, 4, 4)
+    hooked = norm(3)
+    hooked.register_forward_hook(lambda module, args, out: out + 5)
+    for part in (Louder(3), hooked, nn.GroupNorm(1, 3), nn.Identity(), norm(3).eval().requires_grad_(False)):
+        assert torch.equal(kernels.norm_relu(copy.deepcopy(part), x), F.relu(copy.deepcopy(part)(x)))
+
+
+def test_a_single_value_is_torchs_error():
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        kernels.norm_relu(norm(3), torch.randn(1, 3, 1, 1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "last"])
+def test_the_mix_is_the_convolution_of_the_concatenation(layout):
+    for bias in (None, torch.randn(7)):
+        x, h = (torch.randn(3, c, 5, 4).to(memory_format=layout).requires_grad_() for c in (7, 6))
+        weight = torch.randn(7, 13, 1, 1, requires_grad=True)
+        found, expected = kernels.mixed(x, h, weight, bias), F.conv2d(torch.cat([x, h], 1), weight, bias)
+        assert found.is_contiguous(memory_format=layout)
+        assert torch.allclose(found, expected, atol=1e-5)
+        grads = (torch.autograd.grad(y.sin().sum(), [x, h, weight]) for y in (found, expected))
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*grads, strict=True))
+
+
+def test_a_changed_mix_runs_itself():
+    class Louder(nn.Conv2d):
+        def forward(self, x):
+            return 10 * super().forward(x)
+
+    x, h = torch.randn(2, 4, 5, 5), torch.randn(2, 3, 5, 5)
+    fusion = Fusion(3, 4, Norm("none"), normalise=False, activation="none").eval()
+    plain, _ = fusion(x, (h,))
+    louder = Louder(7, 4, 1, bias=False)
+    louder.load_state_dict(fusion.mix.state_dict())
+    fusion.mix = louder
+    assert torch.allclose(fusion(x, (h,))[0], 10 * plain, atol=1e-5)

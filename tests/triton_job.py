@@ -1,0 +1,65 @@
+"""Runs the Triton kernels in Triton's interpreter and compares them with the equations; one line of JSON a case.
+
+A process of its own, because the interpreter is chosen when Triton is imported:
+TRITON_INTERPRET=1 python -m tests.triton_job rnn gru lstm
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+
+import torch
+
+from regulate.kernels import triton_step
+from regulate.kernels.again import GATES, differentiable, reference
+
+FLOATS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+def case(cell: str, shape: tuple[int, ...], last: bool, dtype: torch.dtype) -> list[torch.Tensor]:
+    """x, h, c, dh, dc in the type, then mix, weight and bias in float32, as autocast leaves them."""
+    torch.manual_seed(sum(shape))
+    form = torch.channels_last if last else torch.contiguous_format
+    maps = [torch.randn(shape).to(memory_format=form, dtype=dtype) for _ in range(5)]
+    rows = GATES[cell] * shape[1]
+    return [*maps, torch.randn(rows, 2, 1, 1), torch.randn(rows, 1, 3, 3) / 3, torch.randn(rows)]
+
+
+def worst(cell: str, tensors: list[torch.Tensor], zeros: bool) -> float:
+    """The largest error of a state or gradient, relative to its largest value; inf for a wrong shape or type."""
+    x, h, c, dh, dc, *weights = tensors
+    state = [None, None] if zeros else [h, c if cell == "lstm" else None]
+    found = [
+        *triton_step.forward(cell, x, *state, tuple(weights), x.dtype),
+        *triton_step.backward(cell, x, *state, tuple(weights), dh, dc if cell == "lstm" else None),
+    ]
+    inputs = [None if t is None else t.float().requires_grad_() for t in (x, *state, *weights)]
+    old = None if zeros else tuple(t for t in inputs[1:3] if t is not None)
+    with torch.no_grad():
+        new = [*reference(cell, inputs[0], old, *inputs[3:]), None][:2]
+    expected = [*new, *differentiable(cell, tuple(inputs), (dh.float(), dc.float() if cell == "lstm" else None))]
+    errors = [0.0]
+    for a, b in zip(found, expected, strict=True):
+        if b is None:
+            continue
+        right = a.shape == b.shape and a.dtype in (x.dtype, torch.float32)
+        b = b.detach()
+        errors.append(((a.float() - b).abs().max() / b.abs().max()).item() if right else float("inf"))
+    return max(errors)
+
+
+def main(cells: list[str]) -> None:
+    """Every cell, layout, start and type on small odd maps."""
+    for cell, last, zeros in itertools.product(cells, (False, True), (False, True)):
+        shape = (2, 3, 3, 5) if not last else (1, 17, 3, 2)
+        error = worst(cell, case(cell, shape, last, torch.float32), zeros)
+        print(json.dumps([cell, last, zeros, "torch.float32", error, FLOATS[torch.float32]]), flush=True)
+    for cell, dtype in itertools.product(cells, (torch.bfloat16, torch.float16)):
+        error = worst(cell, case(cell, (1, 2, 4, 3), False, dtype), False)
+        print(json.dumps([cell, False, False, str(dtype), error, FLOATS[dtype]]), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
