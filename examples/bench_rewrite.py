@@ -1,4 +1,4 @@
-"""Times plan() and regulate(), beside the copy of the model that regulate() makes unless inplace.
+"""Times plan() and regulate(), beside the copy of the model that regulate() makes unless inplace; and their memory.
 
 python examples/bench_rewrite.py resnet18 resnet50 resnet152
 """
@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 
 import regulate
+from regulate.bench import resident_peak
 from regulate.named import load_model
 
 
@@ -29,13 +30,15 @@ def seconds(work: Callable[[], object], runs: int = 5) -> float:
 
 def main(names: list[str]) -> None:
     torch.set_num_threads(1)
-    print(f"{'model':<12} {'plan':>7} {'copy':>7} {'regulate':>9} {'beyond the copy':>16}   (seconds, median of 5)")
+    print("seconds, median of 5; MiB by which memory rises at most, the copy not included (Linux)")
+    print(f"{'model':<36} {'plan':>7} {'copy':>7} {'regulate':>9} {'beyond the copy':>16} {'MiB':>6}")
     for name in names:
         model = load_model(name)
         copying = seconds(lambda model=model: copy.deepcopy(model))
         planning = seconds(lambda model=model: regulate.plan(model))
         whole = seconds(lambda model=model: regulate.regulate(model))
-        print(f"{name:<12} {planning:>7.2f} {copying:>7.2f} {whole:>9.2f} {whole - copying:>16.2f}")
+        peak = resident_peak(lambda model=model: regulate.regulate(model, inplace=True)) / 2**20
+        print(f"{name:<36} {planning:>7.2f} {copying:>7.2f} {whole:>9.2f} {whole - copying:>16.2f} {peak:>6.0f}")
 
 
 if __name__ == "__main__":

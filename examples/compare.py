@@ -120,15 +120,14 @@ def _mean_and_spread(values: Sequence[float]) -> str:
 def table(found: dict[str, list[dict[str, Any]]], reference: str = "plain") -> str:
     """Means, spreads, and each arm's difference from the reference, seed by seed, with a paired t-test."""
     lines = [
-        "| network | parameters | top-1 (%), mean ± s.d. | difference, 95 % interval | p | better | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| network | parameters | top-1 (%), mean ± s.d. | difference, 95 % interval | p | better |",
+        "|---|---|---|---|---|---|",
     ]
     base = [one["top1"] for one in found[reference]]
     for name, runs in found.items():
         values = [one["top1"] for one in runs]
         beside = _paired(values, base) if name != reference else ("", "", "")
-        seconds = f"{statistics.median(one['seconds'] for one in runs):.1f}"
-        cells = (name, f"{runs[0]['parameters']:,}", _mean_and_spread(values), *beside, seconds)
+        cells = (name, f"{runs[0]['parameters']:,}", _mean_and_spread(values), *beside)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import kernels
 from .api import regulate
@@ -39,6 +39,7 @@ class Setting:
         amp: under autocast to bfloat16.
         channels_last: weights and images in channels last.
         compile: with torch.compile.
+        checkpointing: with gradient checkpointing, of networks that have timm's `set_grad_checkpointing`.
         rounds: measured steps of each network; two more warm up.
         stages: also with one stage regulated at a time.
     """
@@ -52,6 +53,7 @@ class Setting:
     amp: bool = False
     channels_last: bool = False
     compile: bool = False
+    checkpointing: bool = False
     rounds: int = 10
     stages: bool = False
 
@@ -92,10 +94,20 @@ def measure(setting: Setting) -> dict[str, Any]:
 def step(setting: Setting, config: RegulatorConfig | None, size: int) -> Callable[[], None]:
     """One step of a fresh network on random images; `config` None is the plain one."""
     torch.manual_seed(0)
-    form = torch.channels_last if setting.channels_last else torch.contiguous_format
     model = load_model(setting.model)
     if config is not None:
         regulate(model, config=config, inplace=True)
+    if setting.checkpointing:
+        switch = getattr(model, "set_grad_checkpointing", None)
+        if switch is None:
+            raise ValueError(f"--checkpointing needs a network with set_grad_checkpointing; {setting.model} has none")
+        switch(True)
+    return step_of(model, setting, size)
+
+
+def step_of(model: nn.Module, setting: Setting, size: int) -> Callable[[], None]:
+    """One step of a network on random images, (N, 3, size, size)."""
+    form = torch.channels_last if setting.channels_last else torch.contiguous_format
     model = model.train(setting.train).to(setting.device).to(memory_format=form)  # type: ignore[call-overload]
     images = torch.randn(setting.batch, 3, size, size, device=setting.device).to(memory_format=form)
     run = torch.compile(model) if setting.compile else model
@@ -175,9 +187,14 @@ def _twice(run: Callable[[], None]) -> None:
 def _resident_peak(setting: Setting, config: RegulatorConfig | None, size: int, threads: int) -> int:
     torch.set_num_threads(threads)
     load_model(setting.model)  # imports what there is to import
+    return resident_peak(lambda: _twice(step(setting, config, size)))
+
+
+def resident_peak(work: Callable[[], object]) -> int:
+    """How far the resident set of this process rises during some work, in bytes. Linux."""
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
-    _twice(step(setting, config, size))
+    work()
     return _status("VmHWM") - before
 
 
@@ -217,7 +234,8 @@ def report(found: Mapping[str, Any]) -> str:
         f"{setting['model']}, {config['cell']} {config['kernel']}, {'train step' if setting['train'] else 'eval'}, "
         f"batch {setting['batch']}, {setting['size']}x{setting['size']}, "
         f"{'bfloat16 autocast' if setting['amp'] else 'float32'}, "
-        f"{'channels last' if setting['channels_last'] else 'NCHW'}, {'compiled' if setting['compile'] else 'eager'}",
+        f"{'channels last' if setting['channels_last'] else 'NCHW'}, {'compiled' if setting['compile'] else 'eager'}"
+        f"{', gradient checkpointing' if setting['checkpointing'] else ''}",
         f"{here['processor']}, {here['threads']} threads, torch {here['torch']}, kernels {here['kernels']}, "
         f"native {here['native']}",
         f"{'':24}{'ms':>10}{'images/s':>11}{'ratio':>9}{'peak MiB':>11}",

@@ -46,7 +46,7 @@ def save(model: nn.Module, path: File, *, regulator_only: bool = False, also: Se
     Raises:
         NotRegulatedError: there are no regulators.
         CheckpointError: the model holds something that cannot be stored: a cell of the user's own, a
-            tensor that is sharded or quantized, norms that were folded, parts that were regulated with different options.
+            tensor that is sharded or quantized, folded norms, parts regulated with different options.
         ValueError: `also` names no tensors, or comes without `regulator_only`.
         FileNotFoundError: there is no such folder.
     """

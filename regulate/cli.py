@@ -74,6 +74,7 @@ def _add_bench(commands: Any) -> None:
     sub.add_argument("--amp", action="store_true", help="autocast to bfloat16")
     sub.add_argument("--channels-last", action="store_true")
     sub.add_argument("--compile", action="store_true", help="both with torch.compile")
+    sub.add_argument("--checkpointing", action="store_true", help="both with gradient checkpointing")
     sub.add_argument("--rounds", type=int, default=10, help="measured steps of each")
     sub.add_argument("--by-stage", action="store_true", help="also with one stage regulated at a time")
     sub.add_argument("--json", metavar="FILE", help="write the figures there, too")
@@ -139,7 +140,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     from .bench import Setting, measure, report
 
-    names = ("train", "batch", "size", "device", "amp", "channels_last", "compile", "rounds")
+    names = ("train", "batch", "size", "device", "amp", "channels_last", "compile", "checkpointing", "rounds")
     config = RegulatorConfig(args.cell, args.kernel, args.fusion, norm=args.norm)
     options = {name: getattr(args, name) for name in names}
     found = measure(Setting(args.model, config, **options, stages=args.by_stage))

@@ -36,9 +36,8 @@ def test_figures_and_their_ratios():
 
 
 def test_a_network_that_takes_more_memory_is_seen_to():
-    small, large = (
-        bench.peak_bytes(Setting("cifar/20", RegulatorConfig(), True, batch), None, 32) for batch in (1, 64)
-    )
+    settings = (Setting("cifar/20", RegulatorConfig(), True, batch) for batch in (1, 64))
+    small, large = (bench.peak_bytes(setting, None, 32) for setting in settings)
     # 64 images of 21 maps of some 0.1 MB each.
     assert large - small > 5e7
 
