@@ -165,7 +165,8 @@ def peak_bytes(setting: Setting, config: RegulatorConfig | None, size: int) -> i
     """The most memory that building the network and two steps take, weights included.
 
     On a GPU what torch allocates; on the CPU the resident set of a process of its own, less what it was
-    before the network was built. None where the system does not tell (it is read from /proc).
+    before the network was built. None there if the network is compiled, and where the system does not tell
+    (it is read from /proc).
     """
     if setting.device == "cuda":
         torch.cuda.empty_cache()
@@ -173,10 +174,11 @@ def peak_bytes(setting: Setting, config: RegulatorConfig | None, size: int) -> i
         torch.cuda.reset_peak_memory_stats()
         _twice(step(setting, config, size))
         return torch.cuda.max_memory_allocated() - before
-    if not Path("/proc/self/clear_refs").exists():
+    # A compiled network's peak is that of the compiler.
+    if setting.compile or not Path("/proc/self/clear_refs").exists():
         return None
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_resident_peak, (setting, config, size, torch.get_num_threads()))
+        return pool.apply(_resident_peak, (setting, config, size, torch.get_num_threads(), kernels.setting()))
 
 
 def _twice(run: Callable[[], None]) -> None:
@@ -184,10 +186,11 @@ def _twice(run: Callable[[], None]) -> None:
     run()
 
 
-def _resident_peak(setting: Setting, config: RegulatorConfig | None, size: int, threads: int) -> int:
+def _resident_peak(setting: Setting, config: RegulatorConfig | None, size: int, threads: int, form: str) -> int:
     torch.set_num_threads(threads)
     load_model(setting.model)  # imports what there is to import
-    return resident_peak(lambda: _twice(step(setting, config, size)))
+    with kernels.use(form):
+        return resident_peak(lambda: _twice(step(setting, config, size)))
 
 
 def resident_peak(work: Callable[[], object]) -> int:

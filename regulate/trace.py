@@ -11,6 +11,7 @@ and remembered, and its children are traced on their own.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,6 +65,13 @@ def holds_convolution(module: nn.Module) -> bool:
     return not is_convolution(module) and any(is_convolution(child) for child in module.modules())
 
 
+class _Proxy(fx.Proxy):
+    """Leaves `x += y` in place, as it was written; fx would make it an addition that allocates its result."""
+
+    def __iadd__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
     """Opens what `opens` says; each node remembers in `meta["scope"]` the opened module it ran in."""
 
@@ -73,6 +81,9 @@ class _Tracer(fx.Tracer):
         self.stack = [""]
         self.calls: dict[str, list[Call]] = {}
         self.closed: dict[str, str] = {}
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)

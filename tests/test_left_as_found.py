@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from timm import create_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from regulate import calibrate, plan, regulate, regulator_state_dict
 from regulate.named import load_model
@@ -103,3 +104,22 @@ def test_stages_of_one_width_start_differently():
     state = regulator_state_dict(regulate(load_model("dla34"), seed=1))
     mixes = [value for key, value in state.items() if key.endswith("regulator.cell.gates.mix")]
     assert not torch.equal(mixes[0][:64], mixes[1][:64])
+
+
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "resnet18"])
+def test_additions_in_place_stay_in_place(name):
+    """`out += identity` costs a map less than `out + identity`, which torch.fx would make of it."""
+
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            ran[func] = ran.get(func, 0) + 1
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    model = load_model(name).eval()
+    for one in (model, regulate(model)):
+        ran = {}
+        with torch.no_grad(), Ops():
+            one(torch.randn(1, 3, 64, 64))
+        counts.append((ran[torch.ops.aten.add_.Tensor], ran.get(torch.ops.aten.add.Tensor, 0)))
+    assert counts == [(8, 0), (8, 0)]
