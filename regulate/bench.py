@@ -95,6 +95,7 @@ def step(setting: Setting, config: RegulatorConfig | None, size: int) -> Callabl
     """One step of a fresh network on random images; `config` None is the plain one."""
     torch.manual_seed(0)
     model = load_model(setting.model)
+    _wake(model)
     if config is not None:
         regulate(model, config=config, inplace=True)
     if setting.checkpointing:
@@ -103,6 +104,14 @@ def step(setting: Setting, config: RegulatorConfig | None, size: int) -> Callabl
             raise ValueError(f"--checkpointing needs a network with set_grad_checkpointing; {setting.model} has none")
         switch(True)
     return step_of(model, setting, size)
+
+
+def _wake(model: nn.Module) -> None:
+    """Gives zero-initialised norms a weight: a trained network does not compute with zeros and vanishing gradients."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("weight") and parameter.dim() == 1 and not parameter.any():
+                parameter.fill_(0.5)
 
 
 def step_of(model: nn.Module, setting: Setting, size: int) -> Callable[[], None]:

@@ -8,23 +8,18 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+import bench_suite
+import compare
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
 EXPERIMENTS = ("scratch", "upgrade", "positions", "kernels")
 
 
-@pytest.fixture
-def compare(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    import compare
-
-    yield compare
-    for name in ("compare", "train", "data", "options"):
-        sys.modules.pop(name, None)
-
-
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_the_tables_are_made_from_the_runs(experiment, compare):
+def test_the_tables_are_made_from_the_runs(experiment):
     found = json.loads((RESULTS / experiment / "runs.json").read_text())
     shown = (RESULTS / experiment / "table.md").read_text()
     assert compare.table(found) + "\n" == shown
@@ -33,7 +28,7 @@ def test_the_tables_are_made_from_the_runs(experiment, compare):
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_arm_and_every_seed_is_there(experiment, compare):
+def test_every_arm_and_every_seed_is_there(experiment):
     found = json.loads((RESULTS / experiment / "runs.json").read_text())
     assert list(found) == [arm.name for arm in compare.EXPERIMENTS[experiment](compare.Options(subset=200))]
     for name, runs in found.items():
@@ -42,10 +37,7 @@ def test_every_arm_and_every_seed_is_there(experiment, compare):
         assert all(one["top1"] == one["epochs"][-1]["top1"] for one in runs), name
 
 
-def test_the_performance_page_shows_what_was_measured(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    import bench_suite
-
+def test_the_performance_page_shows_what_was_measured():
     page = (ROOT / "docs" / "performance.md").read_text()
     for title, group in bench_suite.SUITE.items():
         found = {name: json.loads((RESULTS / "performance" / f"{name}.json").read_text()) for name in group}

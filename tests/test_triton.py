@@ -13,6 +13,7 @@ import torch
 
 from regulate import kernels
 from regulate.cells import CELLS
+from regulate.kernels import gpu
 
 pytest.importorskip("triton", reason="torch brings no Triton on this platform")
 
@@ -28,6 +29,14 @@ def test_values_and_gradients_in_the_interpreter(cell):
     cases = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(cases) == 6
     assert all(error <= tolerance for *_, error, tolerance in cases), cases
+
+
+def test_kernels_that_do_not_work_are_not_used():
+    """Without the interpreter Triton has nothing to run on a CPU."""
+    gpu.works.cache_clear()
+    with pytest.warns(UserWarning, match="without its Triton kernels on cpu: a trial step raised"):
+        assert not gpu.works("cpu")
+    gpu.works.cache_clear()
 
 
 @GPU

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from . import build
+from . import build, gpu
 
 CHOICES = ("auto", "native", "triton", "aten", "reference")
 
@@ -80,7 +78,7 @@ def choose(cell: str, x: Tensor, state: tuple[Tensor, ...] | None, weights: Sequ
     wanted = CHOICES[1:] if _setting == "auto" else (_setting,)
     if "native" in wanted and device == "cpu" and same and not mixed and x.dtype == torch.float32 and _native():
         return "native"
-    if "triton" in wanted and device == "cuda" and _triton():
+    if "triton" in wanted and device == "cuda" and _triton(compiling):
         return "triton"
     if "aten" in wanted and same and not mixed and not compiling and device != "meta":
         return "aten"
@@ -147,10 +145,8 @@ def _native() -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _triton() -> bool:
-    return _has_triton()
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _triton(compiling: bool) -> bool:
+    # While torch.compile traces is no time to try a kernel: then only what has been tried already counts.
+    if compiling and gpu.works.cache_info().currsize == 0:
+        return False
+    return gpu.works("cuda")

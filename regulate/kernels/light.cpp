@@ -265,6 +265,7 @@ void step(const Maps& maps, const Weights& weights, const Weights* grads, const 
   const int64_t blocks = (shape.channels + plane.lanes - 1) / plane.lanes, rows = GATES[CELL] * shape.channels;
 #pragma omp parallel num_threads(threads)
   {
+    const Flush flush;
     Scratch scratch(plane);
 #pragma omp for schedule(static)
     for (int64_t job = 0; job < chunks * blocks; ++job) {

@@ -81,6 +81,7 @@ extern "C" void regulate_moments(const int64_t* sizes, int64_t chunks, int64_t t
   const Map map = {sizes[0], sizes[1], sizes[2], sizes[3] != 0};
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t job = 0; job < jobs(map, chunks); ++job) {
+    const Flush flush;
     double mean[LANES] = {}, deviation[LANES] = {}, seen = 0;
     int64_t start = 0, width = 0;
     runs(map, chunks, job, [&](int64_t first, int64_t wide, int64_t offset, int64_t count) {
@@ -116,7 +117,8 @@ extern "C" void regulate_scale_relu(const int64_t* sizes, int64_t chunks, int64_
                                     const float* scale, const float* shift, float* y) {
   const Map map = {sizes[0], sizes[1], sizes[2], sizes[3] != 0};
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t job = 0; job < jobs(map, chunks); ++job)
+  for (int64_t job = 0; job < jobs(map, chunks); ++job) {
+    const Flush flush;
     runs(map, chunks, job, [&](int64_t first, int64_t wide, int64_t offset, int64_t count) {
       const vec a = channel(scale, first, wide, map.last), b = channel(shift, first, wide, map.last);
       vectors(map, wide, offset, count, [&](int64_t at, int64_t w) {
@@ -124,6 +126,7 @@ extern "C" void regulate_scale_relu(const int64_t* sizes, int64_t chunks, int64_
         put(y + at, v < 0.0f ? vec{} : v, w);
       });
     });
+  }
 }
 
 // The sums over d = dy where y > 0, of d and of d * (x - mean), per chunk and channel.
@@ -132,6 +135,7 @@ extern "C" void regulate_norm_sums(const int64_t* sizes, int64_t chunks, int64_t
   const Map map = {sizes[0], sizes[1], sizes[2], sizes[3] != 0};
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t job = 0; job < jobs(map, chunks); ++job) {
+    const Flush flush;
     double of_d[LANES] = {}, of_dx[LANES] = {};
     int64_t start = 0, width = 0;
     runs(map, chunks, job, [&](int64_t first, int64_t wide, int64_t offset, int64_t count) {
@@ -158,7 +162,8 @@ extern "C" void regulate_norm_input(const int64_t* sizes, int64_t chunks, int64_
                                     float* dx) {
   const Map map = {sizes[0], sizes[1], sizes[2], sizes[3] != 0};
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t job = 0; job < jobs(map, chunks); ++job)
+  for (int64_t job = 0; job < jobs(map, chunks); ++job) {
+    const Flush flush;
     runs(map, chunks, job, [&](int64_t first, int64_t wide, int64_t offset, int64_t count) {
       const vec of_d = channel(a, first, wide, map.last), of_x = channel(b, first, wide, map.last);
       const vec constant = channel(c, first, wide, map.last), m = channel(mean, first, wide, map.last);
@@ -167,4 +172,5 @@ extern "C" void regulate_norm_input(const int64_t* sizes, int64_t chunks, int64_
         put(dx + at, of_d * d + of_x * (part(x + at, w) - m) + constant, w);
       });
     });
+  }
 }

@@ -5,6 +5,10 @@
 #include <cstring>
 #include <memory>
 
+#ifdef __SSE__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 constexpr int LANES = 16;
@@ -58,6 +62,16 @@ INLINE vec hyperbolic(vec x) {
   vec large = 1.0f - 2.0f / (1.0f + exponential(2.0f * x));
   return s < 0.1f ? small : large;
 }
+
+// Numbers below the normal range count as zero while this lives: saturated gates make them all the time, and a
+// processor that has to compute with them is twenty times slower.
+struct Flush {
+#ifdef __SSE__
+  unsigned before = _mm_getcsr();
+  Flush() { _mm_setcsr(before | 0x8040); }  // flush to zero, denormals are zero
+  ~Flush() { _mm_setcsr(before); }
+#endif
+};
 
 // Copies a row; rows are short, and a call of memcpy would cost more than the copy.
 INLINE void copy(float* to, const float* from, int64_t count) {
