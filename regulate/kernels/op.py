@@ -124,7 +124,7 @@ light_step.register_autograd(_backward, setup_context=_save)
 
 @register_flop_formula(torch.ops.regulate.light_step)
 def _flops(cell: str, x: Any, *rest: Any, **names: Any) -> int:
-    """Two per multiply-add of the depthwise convolutions, as the counter has it for the readable form."""
+    """Two per multiply-add of the depthwise convolutions, which is what the counter sees of the readable form."""
     return 2 * 9 * GATES[cell] * x[0] * x[1] * x[2] * x[3]  # type: ignore[no-any-return]
 
 
