@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .errors import UnsupportedModelError
 from .fusion import CONV, Fusion
 from .guard import check_regulated, regulators, unwrapped
-from .scale import ScaleShift
+from .scale import ScaleShift, scale_and_shift
 
 
 def optimize_for_inference(model: nn.Module) -> nn.Module:
@@ -59,12 +59,12 @@ def is_folded(model: nn.Module) -> bool:
 def _fold(fusion: Fusion) -> None:
     """In place; the order matters: first the norm after the convolution, then what is added behind it."""
     fusion.folded = True
-    scaled = scale_and_shift(fusion.hidden_norm)
+    scaled = _scaling(fusion.hidden_norm)
     if scaled is not None:
         fusion.hidden_norm = ScaleShift(*scaled)
     weight = fusion.mix.weight.clone()
     bias = weight.new_zeros(len(weight))
-    scaled = scale_and_shift(fusion.mix_norm)
+    scaled = _scaling(fusion.mix_norm)
     if scaled is not None:
         scale, bias = scaled
         weight *= _column(scale, weight)
@@ -80,16 +80,11 @@ def _fold(fusion: Fusion) -> None:
     fusion.mix.bias.copy_(bias)
 
 
-def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """What a batch norm does in eval mode, `x * scale + shift`; None for any other norm."""
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None or norm.running_var is None:
+def _scaling(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """The scale and the shift of a batch norm with running statistics; None for any other norm."""
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
         return None
-    # In double, as the norm's own square root is not rounded to the parameters' type either.
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.affine:
-        scale = scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale + (norm.bias.double() if norm.affine else 0.0)
-    return scale.to(norm.running_mean.dtype), shift.to(norm.running_mean.dtype)
+    return scale_and_shift(norm)
 
 
 def _column(values: Tensor, weight: Tensor) -> Tensor:

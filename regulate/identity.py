@@ -15,11 +15,11 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .fusion import Fusion
 from .origin import Source
+from .scale import scale_of
 
 _POINTS = 801
 _REACH = 8.0
@@ -149,19 +149,13 @@ def _inverse_pair(variance: Tensor, norm: nn.modules.batchnorm._BatchNorm) -> tu
         gain = (variance + norm.eps).sqrt()
         for towards in (0.0, torch.inf):
             other = torch.nextafter(gain, torch.full_like(gain, towards))
-            better = (_scale(variance, gain, norm.eps) != 1) & (_scale(variance, other, norm.eps) == 1)
+            better = (scale_of(variance, gain, norm.eps) != 1) & (scale_of(variance, other, norm.eps) == 1)
             gain = torch.where(better, other, gain)
-        missed = _scale(variance, gain, norm.eps) != 1
+        missed = scale_of(variance, gain, norm.eps) != 1
         if variance.is_meta or not missed.any():
             break
         variance = torch.where(missed, variance + step * (variance + norm.eps), variance)
     return variance, gain
-
-
-def _scale(variance: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """What an eval batch norm multiplies each channel by."""
-    zeros = torch.zeros_like(gain)
-    return F.batch_norm(torch.ones_like(gain)[None], zeros, variance, gain, zeros, False, 0.0, eps)[0]
 
 
 def is_settled(fusion: Fusion) -> bool:

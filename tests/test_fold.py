@@ -7,6 +7,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torchvision.models.video import r3d_18
 
 from regulate import (
     CheckpointError,
@@ -100,7 +101,7 @@ def test_a_plain_network_is_an_error():
 
 def test_three_dimensional_networks():
     model = stir(regulate(network("torchvision/resnet18"))).eval()
-    video = stir(regulate(__import__("torchvision").models.video.r3d_18())).eval()
+    video = stir(regulate(r3d_18())).eval()
     assert norms(optimize_for_inference(model)) == 0
     clip = torch.randn(1, 3, 4, 32, 32).double()
     folded = optimize_for_inference(video.double())
