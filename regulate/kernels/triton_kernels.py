@@ -32,12 +32,14 @@ def _tanh(x):
 
 
 @triton.jit
-def _tile(pixels, P: tl.constexpr, B: tl.constexpr):
-    """The image, the pixels and the channels of this program."""
+def _tile(pixels, C, sn, sp, sc, P: tl.constexpr, B: tl.constexpr):
+    """Of this program: the start of its image, its pixels and channels, where they lie and which there are."""
     tiles = tl.cdiv(pixels, P)
-    n = (tl.program_id(0) // tiles).to(tl.int64)
+    at = (tl.program_id(0) // tiles).to(tl.int64) * sn
     p = (tl.program_id(0) % tiles) * P + tl.arange(0, P)
-    return n, p, tl.program_id(1) * B + tl.arange(0, B)
+    c = tl.program_id(1) * B + tl.arange(0, B)
+    where = at + p[:, None] * sp + c[None, :] * sc
+    return at, p, c, where, (p < pixels)[:, None] & (c < C)[None, :]
 
 
 @triton.jit
@@ -88,21 +90,16 @@ def _gates(x, h, wx, wh, bias, p, c, H, W, C, sp, sc, G: tl.constexpr, STATE: tl
 @triton.jit
 def rnn_forward(x, h, wx, wh, bias, new, H, W, C, sn, sp, sc, STATE: tl.constexpr, P: tl.constexpr, B: tl.constexpr):
     """H."""
-    n, p, c = _tile(H * W, P, B)
-    at = n * sn
+    at, p, c, where, there = _tile(H * W, C, sn, sp, sc, P, B)
     g, _, _, _ = _gates(x + at, h + at, wx, wh, bias, p, c, H, W, C, sp, sc, 1, STATE, P)
-    there = (p < H * W)[:, None] & (c < C)[None, :]
-    tl.store(new + at + p[:, None] * sp + c[None, :] * sc, _tanh(g), mask=there)
+    tl.store(new + where, _tanh(g), mask=there)
 
 
 @triton.jit
 def rnn_backward(x, h, wx, wh, bias, dh, d, H, W, C, sn, sp, sc, STATE: tl.constexpr, P: tl.constexpr, B: tl.constexpr):
     """The gradient of n before its activation."""
-    n, p, c = _tile(H * W, P, B)
-    at = n * sn
+    at, p, c, where, there = _tile(H * W, C, sn, sp, sc, P, B)
     g, _, _, _ = _gates(x + at, h + at, wx, wh, bias, p, c, H, W, C, sp, sc, 1, STATE, P)
-    there = (p < H * W)[:, None] & (c < C)[None, :]
-    where = at + p[:, None] * sp + c[None, :] * sc
     new = _tanh(g)
     tl.store(d + where, tl.load(dh + where, mask=there, other=0.0).to(tl.float32) * (1.0 - new * new), mask=there)
 
@@ -110,11 +107,8 @@ def rnn_backward(x, h, wx, wh, bias, dh, d, H, W, C, sn, sp, sc, STATE: tl.const
 @triton.jit
 def gru_reset(x, h, wx, wh, bias, r, z, rh, H, W, C, sn, sp, sc, STATE: tl.constexpr, P: tl.constexpr, B: tl.constexpr):
     """The first pass of a GRU, forward and backward: r, z and r.H."""
-    n, p, c = _tile(H * W, P, B)
-    at = n * sn
+    at, p, c, where, there = _tile(H * W, C, sn, sp, sc, P, B)
     g0, g1, _, _ = _gates(x + at, h + at, wx, wh, bias, p, c, H, W, C, sp, sc, 2, STATE, P)
-    there = (p < H * W)[:, None] & (c < C)[None, :]
-    where = at + p[:, None] * sp + c[None, :] * sc
     reset = _sigmoid(g0)
     tl.store(r + where, reset, mask=there)
     tl.store(z + where, _sigmoid(g1), mask=there)
@@ -127,11 +121,8 @@ def gru_forward(
     x, rh, wx, wh, bias, h, z, new, H, W, C, sn, sp, sc, STATE: tl.constexpr, P: tl.constexpr, B: tl.constexpr
 ):
     """The second pass: the candidate, from r.H, and H."""
-    n, p, c = _tile(H * W, P, B)
-    at = n * sn
+    at, p, c, where, there = _tile(H * W, C, sn, sp, sc, P, B)
     g, _, _, _ = _gates(x + at, rh + at, wx, wh, bias, p, c, H, W, C, sp, sc, 1, STATE, P)
-    there = (p < H * W)[:, None] & (c < C)[None, :]
-    where = at + p[:, None] * sp + c[None, :] * sc
     update = tl.load(z + where, mask=there, other=0.0)
     out = update * _tanh(g)
     if STATE:
@@ -144,11 +135,8 @@ def gru_backward(
     x, rh, wx, wh, bias, h, z, dh, dn, dz, H, W, C, sn, sp, sc, STATE: tl.constexpr, P: tl.constexpr, B: tl.constexpr
 ):
     """The gradients of the candidate and of z before their activations."""
-    n, p, c = _tile(H * W, P, B)
-    at = n * sn
+    at, p, c, where, there = _tile(H * W, C, sn, sp, sc, P, B)
     g, _, _, _ = _gates(x + at, rh + at, wx, wh, bias, p, c, H, W, C, sp, sc, 1, STATE, P)
-    there = (p < H * W)[:, None] & (c < C)[None, :]
-    where = at + p[:, None] * sp + c[None, :] * sc
     candidate = _tanh(g)
     update = tl.load(z + where, mask=there, other=0.0)
     d = tl.load(dh + where, mask=there, other=0.0).to(tl.float32)
@@ -165,11 +153,8 @@ def lstm_forward(
     STATE: tl.constexpr, P: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """H and C."""
-    n, p, c = _tile(H * W, P, B)
-    at = n * sn
+    at, p, c, where, there = _tile(H * W, C, sn, sp, sc, P, B)
     g0, g1, g2, g3 = _gates(x + at, h + at, wx, wh, bias, p, c, H, W, C, sp, sc, 4, STATE, P)
-    there = (p < H * W)[:, None] & (c < C)[None, :]
-    where = at + p[:, None] * sp + c[None, :] * sc
     kept = _sigmoid(g0) * _tanh(g2)
     if STATE:
         kept += _sigmoid(g1) * tl.load(memory + where, mask=there, other=0.0).to(tl.float32)
@@ -183,11 +168,8 @@ def lstm_backward(
     STATE: tl.constexpr, P: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """The gradients of i, f, g and o before their activations, and that of the old cell state."""
-    n, p, c = _tile(H * W, P, B)
-    at = n * sn
+    at, p, c, where, there = _tile(H * W, C, sn, sp, sc, P, B)
     g0, g1, g2, g3 = _gates(x + at, h + at, wx, wh, bias, p, c, H, W, C, sp, sc, 4, STATE, P)
-    there = (p < H * W)[:, None] & (c < C)[None, :]
-    where = at + p[:, None] * sp + c[None, :] * sc
     i = _sigmoid(g0)
     f = _sigmoid(g1)
     g = _tanh(g2)
@@ -208,10 +190,7 @@ def lstm_backward(
 @triton.jit
 def spread(d, wx, wh, dx, dh, H, W, C, sn, sp, sc, sg, G: tl.constexpr, P: tl.constexpr, B: tl.constexpr):
     """From the gradients of G gates, (G, N, C, H, W), adds to those of X and H: the taps the other way round."""
-    n, p, c = _tile(H * W, P, B)
-    at = n * sn
-    there = (p < H * W)[:, None] & (c < C)[None, :]
-    where = at + p[:, None] * sp + c[None, :] * sc
+    at, p, c, where, there = _tile(H * W, C, sn, sp, sc, P, B)
     of_x = tl.load(dx + where, mask=there, other=0.0)
     of_h = tl.load(dh + where, mask=there, other=0.0)
     for k in tl.static_range(G):
