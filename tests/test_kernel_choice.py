@@ -13,6 +13,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils import parametrize, prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from regulate import ConvGRUCell, ConvLSTMCell, kernels, regulate
 from regulate.kernels import aten, native, op
@@ -148,6 +149,24 @@ def test_traced_and_exported_programs_run_without_this_package():
     assert "light_step" not in str(torch.jit.trace(model, image).inlined_graph)
 
 
+def test_who_looks_at_operators_sees_them():
+    """A FLOP counter or a policy of checkpointing; the short ways would pass them by."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    seen = []
+    part, cell, x = nn.BatchNorm2d(4), ConvLSTMCell(4), X.requires_grad_()
+    with Watch():
+        y = kernels.norm_relu(part, cell(x)[0])
+        y.sum().backward()
+    assert "regulate.light_step.default" in seen
+    assert "regulate.light_step_backward.default" in seen
+    assert any("batch_norm" in name for name in seen)
+
+
 def test_compiled_networks_call_the_operator():
     graphs = []
 
@@ -173,6 +192,11 @@ def test_the_environment_variable():
     assert done.stdout == "aten\n"
     done = python("import regulate", REGULATE_KERNELS="quick")
     assert "REGULATE_KERNELS must be one of auto, native, triton, aten, reference; it is 'quick'" in done.stderr
+
+
+def test_to_import_it_does_not_import_the_compiler():
+    """Which takes a second, and many never compile."""
+    assert python("import sys, regulate; print('torch._dynamo' in sys.modules)").stdout == "False\n"
 
 
 def test_without_a_compiler_the_network_computes_the_same(tmp_path):
@@ -204,6 +228,6 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path):
 
 def test_the_sources_are_in_the_package():
     names = {path.name for path in Path(kernels.__file__).parent.iterdir()}
-    assert {"vec.h", "light.cpp", "norm.cpp"} <= names
+    assert {"vec.h", "plane.h", "light.cpp", "norm.cpp"} <= names
     setup = (Path(__file__).parents[1] / "setup.cfg").read_text()
     assert "regulate.kernels = *.cpp, *.h" in setup

@@ -11,7 +11,6 @@ from torch import nn
 
 from regulate import kernels
 from regulate.fusion import Fusion, Norm
-from regulate.kernels import norm as native_norm
 from regulate.scale import ScaleShift
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -68,8 +67,10 @@ def test_norm_and_relu_in_eval_mode(layout):
 def test_gradients_of_gradients_of_the_norm():
     def penalty(form):
         with kernels.use(form):
-            (grad,) = torch.autograd.grad(kernels.norm_relu(part, x).square().sum(), x, create_graph=True)
-        return torch.autograd.grad(grad.square().sum(), [x, part.weight, part.bias])
+            # Twice, so that what it is applied to depends on its weights: nothing may be counted twice.
+            y = kernels.norm_relu(part, kernels.norm_relu(part, x))
+            grads = torch.autograd.grad(y.square().sum(), [x, part.weight, part.bias], create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), [x, part.weight, part.bias])
 
     part, x = norm(5), images((3, 5, 4, 6), torch.contiguous_format, 0.0)
     for a, b in zip(penalty("native"), penalty("reference"), strict=True):
@@ -80,10 +81,11 @@ def test_moments_keep_their_digits():
     """A mean a thousand times the deviation: E[x^2] - E[x]^2 would have nothing left."""
     for layout in LAYOUTS:
         x = (torch.randn(6, 18, 70, 70) + 1000).to(memory_format=layout)
-        mean, variance = native_norm._moments(x)
+        part = nn.BatchNorm2d(18, momentum=1.0)
+        kernels.norm_relu(part, x)
         wide = x.double()
-        assert torch.allclose(mean.double(), wide.mean((0, 2, 3)), rtol=1e-7)
-        assert torch.allclose(variance.double(), wide.var((0, 2, 3), unbiased=False), rtol=1e-5)
+        assert torch.allclose(part.running_mean.double(), wide.mean((0, 2, 3)), rtol=1e-7)
+        assert torch.allclose(part.running_var.double(), wide.var((0, 2, 3)), rtol=1e-5)
 
 
 def test_nan_comes_through():
@@ -122,6 +124,54 @@ def test_the_mix_is_the_convolution_of_the_concatenation(layout):
         assert torch.allclose(found, expected, atol=1e-5)
         grads = (torch.autograd.grad(y.sin().sum(), [x, h, weight]) for y in (found, expected))
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*grads, strict=True))
+
+
+def test_gradients_of_gradients_of_the_mix():
+    def penalty(form):
+        with kernels.use(form):
+            # h is made of the weight as well: nothing may be counted twice.
+            h = fusion.mix.weight.sum() * x
+            grads = torch.autograd.grad(fusion._mixed(x, h).sin().sum(), [x, fusion.mix.weight], create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), [x, fusion.mix.weight])
+
+    for layout in LAYOUTS:
+        fusion, x = Fusion(4, 4, Norm("none"), normalise=False), images((2, 4, 3, 5), layout, 0.0)
+        for a, b in zip(penalty("native"), penalty("reference"), strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+
+
+def test_the_mix_gives_only_the_gradients_that_are_asked_for():
+    x, h, weight = torch.randn(2, 4, 3, 5), torch.randn(2, 3, 3, 5, requires_grad=True), torch.randn(4, 7, 1, 1)
+    kernels.mixed(x, h, weight).sum().backward()
+    assert x.grad is None
+    assert weight.grad is None
+    assert torch.allclose(h.grad, weight[:, 4:].sum(0).expand_as(h), atol=1e-5)
+
+
+def test_the_mix_of_nothing():
+    for layout in LAYOUTS:
+        x = torch.zeros(0, 4, 3, 5).to(memory_format=layout)
+        assert kernels.mixed(x, x, torch.ones(6, 8, 1, 1)).shape == (0, 6, 3, 5)
+
+
+def test_what_the_library_cannot_read_goes_to_torch():
+    """It sees addresses: another type, a stride or a size would be read as something else, or beyond the end."""
+    x = torch.randn(2, 3, 4, 4)
+    assert kernels.mixed(x, x, torch.randn(3, 7, 1, 1)) is None
+    assert kernels.mixed(x, x, torch.randn(3, 6, 3, 3)) is None
+    assert kernels.mixed(x, x, torch.randn(3, 6, 1, 1), torch.randn(3).double()) is None
+    for mode in (True, False):
+        strided, narrow = norm(3).train(mode), norm(3).train(mode)
+        strided.weight = nn.Parameter(torch.rand(6)[::2])
+        strided.running_var = torch.rand(6)[::2]
+        with torch.no_grad():
+            expected = F.relu(copy.deepcopy(strided)(x))
+            assert torch.allclose(kernels.norm_relu(strided, x), expected, atol=1e-5)
+        narrow.running_mean = narrow.running_mean.double()
+        with torch.no_grad(), pytest.raises(RuntimeError, match="type"):
+            kernels.norm_relu(narrow, x)
+    short = ScaleShift(torch.ones(3), torch.ones(1))
+    assert torch.equal(kernels.norm_relu(short, x), F.relu(short(x)))
 
 
 def test_a_changed_mix_runs_itself():

@@ -149,7 +149,7 @@ def test_operator(name):
         cell, x, state, _ = case(name, (2, 3, 4, 5), layout, zeros=zeros)
         h, c = (*(state or ()), None, None)[:2]
         stacked = [torch.cat(parts).detach().requires_grad_() for parts in zip(*by_conv(cell), strict=True)]
-        torch.library.opcheck(op.light_step, (name, x, h, c, *stacked))
+        torch.library.opcheck(op.light_step, (name, x, h, c, *stacked, torch.float32))
 
 
 def by_conv(cell):
@@ -204,6 +204,16 @@ def test_threads_only_share_the_work():
             alike(*found, 1e-6)
     finally:
         torch.set_num_threads(before)
+
+
+def test_small_numbers_are_zero_in_the_kernels_alone():
+    """They flush what is below the normal range; the thread that called them must not go on doing so."""
+    tiny = torch.full((1, 2, 5, 5), 1e-40)
+    cell = CELLS["rnn"](2)
+    with torch.no_grad():
+        cell(tiny)
+        kernels.norm_relu(nn.BatchNorm2d(2), tiny)
+    assert (torch.tensor([1e-40]) * 1).item() > 0
 
 
 def test_without_a_library_the_native_form_is_an_error_and_not_a_crash(monkeypatch):

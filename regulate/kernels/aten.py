@@ -1,8 +1,7 @@
 """The step of a light cell in torch operations that use their buffers again: for every device and float type.
 
-Allocating a large map costs more than computing it. So one buffer holds the mix of gate after gate, gates are
-activated in place, and without gradients they are consumed in place; tanh(x) is 2 sigmoid(2x) - 1, of which
-ATen's sigmoid is several times faster than its tanh. With gradients the gates are kept and the mix is made again.
+One buffer holds the mix of gate after gate, gates are activated in place, and without gradients they are consumed
+in place. With gradients the gates are kept and the mix is made again.
 """
 
 from __future__ import annotations
@@ -77,12 +76,8 @@ class _Gates:
         grads[1][rows], grads[2][rows] = dweight, dbias
 
 
-def _tanh_(x: Tensor) -> Tensor:
-    return x.mul_(2).sigmoid_().mul_(2).sub_(1)
-
-
 def _rnn(gates: _Gates, h: Maybe, c: Maybe, keep: bool) -> tuple[Tensor, Maybe, tuple[Tensor, ...]]:
-    new = _tanh_(gates.forward(0, h))
+    new = gates.forward(0, h).tanh_()
     return new, None, (new,) if keep else ()
 
 
@@ -90,22 +85,22 @@ def _gru(gates: _Gates, h: Maybe, c: Maybe, keep: bool) -> tuple[Tensor, Maybe, 
     z = gates.forward(1, h).sigmoid_()
     if h is None:
         # H = z.n, and the reset gate has nothing to reset.
-        n = _tanh_(gates.forward(2, None))
+        n = gates.forward(2, None).tanh_()
         return (z * n if keep else z.mul_(n)), None, (z, z, n) if keep else ()
     r = gates.forward(0, h).sigmoid_()
-    n = _tanh_(gates.forward(2, r * h if keep else r.mul_(h)))
+    n = gates.forward(2, r * h if keep else r.mul_(h)).tanh_()
     return torch.lerp(h, n, z), None, (r, z, n) if keep else ()
 
 
 def _lstm(gates: _Gates, h: Maybe, c: Maybe, keep: bool) -> tuple[Tensor, Maybe, tuple[Tensor, ...]]:
-    i, g = gates.forward(0, h).sigmoid_(), _tanh_(gates.forward(2, h))
+    i, g = gates.forward(0, h).sigmoid_(), gates.forward(2, h).tanh_()
     new_c = i * g if keep else i.mul_(g)
     # Without an old state nothing is forgotten, but its gate has a gradient to give: zero.
     f = gates.forward(1, h).sigmoid_() if c is not None else i
     if c is not None:
         new_c.addcmul_(f, c)
     o = gates.forward(3, h).sigmoid_()
-    t = _tanh_(new_c.clone())
+    t = new_c.tanh()
     return (o * t if keep else o.mul_(t)), new_c, (i, f, g, o) if keep else ()
 
 
@@ -169,7 +164,7 @@ def _lstm_back(
 ) -> Maybe:
     i, f, g, o = gates
     assert new_c is not None
-    t = _tanh_(new_c.clone())
+    t = new_c.tanh()
     of.backward(3, h, _sigmoid(dh * t, o), *into)
     inner = _tanh(dh * o, t)
     if dc is not None:

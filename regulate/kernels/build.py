@@ -21,10 +21,8 @@ _HERE = Path(__file__).parent
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 
 
-def call(name: str, *arguments: int | list[int] | Tensor | None) -> None:
-    """Calls a function of the library with integers, arrays of them, and the data of tensors; None is null.
-
-    The number of torch's threads goes in where the functions have it, after the sizes and the chunks.
+def call(name: str, *arguments: int | float | list[int] | Tensor | None) -> None:
+    """Calls a function of the library with numbers, arrays of integers, and the data of tensors; None is null.
 
     Raises:
         RuntimeError: there is no library; `why_not` says why.
@@ -35,9 +33,11 @@ def call(name: str, *arguments: int | list[int] | Tensor | None) -> None:
     getattr(found, name)(*(_passed(argument) for argument in arguments))
 
 
-def _passed(argument: int | list[int] | Tensor | None) -> object:
+def _passed(argument: int | float | list[int] | Tensor | None) -> object:
     if isinstance(argument, int):
         return ctypes.c_int64(argument)
+    if isinstance(argument, float):
+        return ctypes.c_double(argument)
     if isinstance(argument, list):
         return (ctypes.c_int64 * len(argument))(*argument)
     return ctypes.c_void_p(None if argument is None else argument.data_ptr())
@@ -78,7 +78,7 @@ def library() -> ctypes.CDLL | str:
 
 def _compiled(compiler: list[str]) -> Path:
     # A binary for this very processor: where machines share a home, none must get another one's.
-    sources = [(_HERE / name).read_text() for name in ("vec.h", "light.cpp", "norm.cpp")]
+    sources = [path.read_text() for path in sorted(_HERE.glob("*.h")) + _units()]
     key = "\0".join([*compiler, *_FLAGS, *sources, _processor()])
     name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     folder = _cache()
@@ -89,11 +89,15 @@ def _compiled(compiler: list[str]) -> Path:
     return folder / name
 
 
+def _units() -> list[Path]:
+    return sorted(_HERE.glob("*.cpp"))
+
+
 def _compile(compiler: list[str], out: Path) -> None:
     """With OpenMP where the compiler has it, but not linked to it: torch's own is loaded, one pool of threads."""
-    objects = [str(out.with_name(f"{name}.o")) for name in ("light", "norm")]
-    for source, made in zip(("light.cpp", "norm.cpp"), objects, strict=True):
-        compiling = [*compiler, *_FLAGS, "-c", str(_HERE / source), "-o", made]
+    objects = [str(out.with_name(f"{unit.stem}.o")) for unit in _units()]
+    for unit, made in zip(_units(), objects, strict=True):
+        compiling = [*compiler, *_FLAGS, "-c", str(unit), "-o", made]
         if subprocess.run([*compiling, "-fopenmp"], capture_output=True, timeout=300).returncode:
             subprocess.run(compiling, check=True, capture_output=True, text=True, timeout=300)
     subprocess.run([*compiler, "-shared", *objects, "-o", str(out)], check=True, capture_output=True, text=True)

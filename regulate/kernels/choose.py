@@ -95,6 +95,7 @@ def eager_on_cpu(*tensors: Tensor) -> bool:
         and all(t.dtype == tensors[0].dtype for t in tensors)
         and not torch.is_autocast_enabled("cpu")
         and not _transformed()
+        and not dispatched()
     )
 
 
@@ -124,6 +125,11 @@ def _fitting(cell: str, x: Tensor, state: tuple[Tensor, ...] | None, weights: Se
     )
 
 
+def dispatched() -> bool:
+    """Whether somebody looks at torch's operators as they run, a FLOP counter or a policy of checkpointing."""
+    return bool(torch._C._len_torch_dispatch_stack())
+
+
 def _exporting() -> bool:
     # What is exported must run without this package. Before torch 2.7 export looks like any compiling.
     return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
@@ -138,15 +144,18 @@ def _transformed() -> bool:
     )
 
 
-# Not to be traced by torch.compile: they look around on this machine.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _native() -> bool:
     return build.why_not() is None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _triton(compiling: bool) -> bool:
     # While torch.compile traces is no time to try a kernel: then only what has been tried already counts.
     if compiling and gpu.works.cache_info().currsize == 0:
         return False
     return gpu.works("cuda")
+
+
+# Not to be traced by torch.compile: they look around on this machine. The mark is all that
+# torch.compiler.assume_constant_result does, but that imports the compiler, a second for everybody.
+_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,84 +1,15 @@
 // One step of a light cell on the CPU, forward and backward, one channel plane after the other.
 //
 // Group i of the mix sees X_i and H_i alone and the 3x3 is depthwise, so a step never leaves its plane: load X,
-// H and C into a padded scratch that stays in the cache, do everything there, store H and C. The backward
-// computes the gates again, which costs less than keeping them.
-//
-// A scratch plane is flat. A row holds W pixels behind one pixel of zeros, which is the right border of the row
-// above as well, so each of the nine taps is one constant offset and a plane of any size is one loop. Small planes
-// of a channel are stacked, a row of zeros between them, so that loops stay long. A pixel is one float (NCHW: a vector covers 16 pixels of a channel) or 16 (channels last: a vector covers 16 channels of a
-// pixel); only loading and storing know the difference.
+// H and C into a padded scratch that stays in the cache, do everything there, store H and C. The backward computes
+// the gates again, so that no map is kept for it but what goes in; only an RNN's gate is there anyway, it is H.
 
-#include "vec.h"
+#include "plane.h"
 
 namespace {
 
 enum Cell { RNN = 0, GRU = 1, LSTM = 2 };
 constexpr int GATES[] = {1, 3, 4};
-constexpr int64_t LONG = 1024;  // floats in a stack of small planes: sixteen buffers stay near the core
-
-struct Shape {
-  int64_t batch, channels, height, width;
-  bool last;  // channels last
-};
-
-struct Plane {
-  int64_t row, image, stack, begin, end, size, taps[9];
-  int lanes;
-  Plane(const Shape& s, int64_t images) : lanes(s.last ? LANES : 1) {
-    row = (s.width + 1) * lanes;
-    image = (s.height + 1) * row;
-    const int64_t stacks = (images * image + LONG - 1) / LONG;  // as many as it takes, and then evenly filled
-    stack = image < LONG && stacks > 0 ? (images + stacks - 1) / stacks : 1;
-    begin = row + lanes;
-    end = begin + stack * image - row - lanes;
-    size = stack * image + row + lanes + LANES;
-    for (int t = 0; t < 9; ++t) taps[t] = (t / 3 - 1) * row + (t % 3 - 1) * lanes;
-  }
-};
-
-// Where a task's channels lie in a map and how they get into and out of the scratch.
-struct Window {
-  const Shape& shape;
-  const Plane& plane;
-  int64_t offset, wide;
-  Window(const Shape& s, const Plane& p, int64_t n, int64_t block) : shape(s), plane(p) {
-    int64_t first = block * p.lanes, pixels = s.height * s.width;
-    wide = s.channels - first < p.lanes ? s.channels - first : p.lanes;
-    offset = s.last ? n * pixels * s.channels + first : (n * s.channels + first) * pixels;
-  }
-  void in(const float* map, float* scratch, int64_t place) const {
-    for (int64_t y = 0; y < shape.height; ++y) {
-      float* to = scratch + plane.begin + place * plane.image + y * plane.row;
-      if (!map) {
-        std::memset(to, 0, 4 * shape.width * plane.lanes);
-      } else if (!shape.last) {
-        copy(to, map + offset + y * shape.width, shape.width);
-      } else {
-        const float* from = map + offset + y * shape.width * shape.channels;
-        for (int64_t x = 0; x < shape.width; ++x, from += shape.channels, to += LANES) {
-          if (wide == LANES) store(to, load(from));
-          else for (int lane = 0; lane < LANES; ++lane) to[lane] = lane < wide ? from[lane] : 0.0f;
-        }
-      }
-    }
-  }
-  void out(const float* scratch, float* map, int64_t place) const {
-    if (!map) return;
-    for (int64_t y = 0; y < shape.height; ++y) {
-      const float* from = scratch + plane.begin + place * plane.image + y * plane.row;
-      if (!shape.last) {
-        copy(map + offset + y * shape.width, from, shape.width);
-        continue;
-      }
-      float* to = map + offset + y * shape.width * shape.channels;
-      for (int64_t x = 0; x < shape.width; ++x, to += shape.channels, from += LANES) {
-        if (wide == LANES) store(to, load(from));
-        else copy(to, from, wide);
-      }
-    }
-  }
-};
 
 // The parameters of one gate for the channels of a task, or their gradients: mix, 3x3 and bias.
 struct Gate {
@@ -110,8 +41,8 @@ INLINE void parameters(Gate& gate, const Weights& w, Visit visit) {
   visit(gate.bias, w.bias, 1);
 }
 
-void mix(const float* x, const float* h, float* m, const Gate& gate, const Plane& p) {
-  for (int64_t i = p.begin; i < p.end; i += LANES) store(m + i, gate.x * load(x + i) + gate.h * load(h + i));
+void mix(const float* x, const float* h, float* m, const Gate& gate, Span at) {
+  for (int64_t i = at.begin; i < at.end; i += LANES) store(m + i, gate.x * load(x + i) + gate.h * load(h + i));
 }
 
 INLINE vec convolve(const float* m, const Gate& gate, const Plane& p, int64_t i) {
@@ -120,13 +51,20 @@ INLINE vec convolve(const float* m, const Gate& gate, const Plane& p, int64_t i)
   return sum;
 }
 
+// One gate in a loop of its own: all in one would be a chain of dependent operations too long for the processor to
+// overlap one vector's with the next one's.
+template <class Activation>
+INLINE void activate(const float* m, float* to, const Gate& gate, const Plane& p, Span at, Activation activation) {
+  for (int64_t i = at.begin; i < at.end; i += LANES) store(to + i, activation(convolve(m, gate, p, i)));
+}
+
 // From dg, the gradient of a gate before its activation, to those of its parameters, of x and of h (or of r.h).
 // dg is zero on the border, so what x and h have there does not count.
 template <bool FIRST>
 void back(const float* m, const float* dg, const float* x, const float* h, float* dx, float* dh, const Gate& gate,
-          Gate& grad, const Plane& p) {
+          Gate& grad, const Plane& p, Span at) {
   Gate sum = grad;
-  for (int64_t i = p.begin; i < p.end; i += LANES) {
+  for (int64_t i = at.begin; i < at.end; i += LANES) {
     vec d = load(dg + i), dm = vec{};
     sum.bias += d;
     for (int t = 0; t < 9; ++t) {
@@ -155,81 +93,107 @@ struct Scratch {
   float* operator[](int i) { return memory.get() + i * size; }
 };
 
-template <int CELL>
-void forward(Scratch& s, const Gate* gate, const Plane& p) {
-  for (int k = 0; k < (CELL == GRU ? 2 : GATES[CELL]); ++k) mix(s[X], s[H], s[MIX + k], gate[k], p);
-  if (CELL == GRU) {
-    for (int64_t i = p.begin; i < p.end; i += LANES)
-      store(s[RH] + i, sigmoid(convolve(s[MIX], gate[0], p, i)) * load(s[H] + i));
-    mix(s[X], s[RH], s[MIX + 2], gate[2], p);
-  }
-  for (int64_t i = p.begin; i < p.end; i += LANES) {
-    if (CELL == RNN) store(s[ACT] + i, hyperbolic(convolve(s[MIX], gate[0], p, i)));
-    if (CELL == GRU) {
-      vec h = load(s[H] + i), z = sigmoid(convolve(s[MIX + 1], gate[1], p, i));
-      store(s[ACT] + i, h + z * (hyperbolic(convolve(s[MIX + 2], gate[2], p, i)) - h));
-    }
-    if (CELL == LSTM) {
-      vec in = sigmoid(convolve(s[MIX], gate[0], p, i)), f = sigmoid(convolve(s[MIX + 1], gate[1], p, i));
-      vec g = hyperbolic(convolve(s[MIX + 2], gate[2], p, i)), o = sigmoid(convolve(s[MIX + 3], gate[3], p, i));
-      vec c = f * load(s[C] + i) + in * g;
-      store(s[ACT + 1] + i, c);
-      store(s[ACT] + i, o * hyperbolic(c));
-    }
-  }
+// A gate in a loop of its own: all in one would be a chain of dependent operations too long for the processor to
+// overlap one vector's with the next one's.
+void forward_rnn(Scratch& s, const Gate* gate, const Plane& p) {
+  tiles(p, [&](Span here, Span ahead, Span) {
+    mix(s[X], s[H], s[MIX], gate[0], ahead);
+    activate(s[MIX], s[ACT], gate[0], p, here, hyperbolic);
+  });
 }
 
 void backward_rnn(Scratch& s, const Gate* gate, Gate* grad, const Plane& p) {
-  mix(s[X], s[H], s[MIX], gate[0], p);
+  tiles(p, [&](Span here, Span ahead, Span behind) {
+    mix(s[X], s[H], s[MIX], gate[0], ahead);
+    for (int64_t i = here.begin; i < here.end; i += LANES) {
+      vec n = load(s[C] + i);
+      store(s[ACT] + i, load(s[DH] + i) * (1.0f - n * n));
+    }
+    back<true>(s[MIX], s[ACT], s[X], s[H], s[DX], s[DHO], gate[0], grad[0], p, behind);
+  });
+}
+
+// r, z and r.H, and the candidate: in two passes over the whole plane, as the second convolution reads r.H.
+void gru_gates(Scratch& s, float* r, float* z, float* n, const Gate* gate, const Plane& p) {
+  tiles(p, [&](Span here, Span ahead, Span) {
+    for (int k = 0; k < 2; ++k) mix(s[X], s[H], s[MIX + k], gate[k], ahead);
+    activate(s[MIX], r, gate[0], p, here, sigmoid);
+    activate(s[MIX + 1], z, gate[1], p, here, sigmoid);
+    for (int64_t i = here.begin; i < here.end; i += LANES) store(s[RH] + i, load(r + i) * load(s[H] + i));
+  });
+  tiles(p, [&](Span here, Span ahead, Span) {
+    mix(s[X], s[RH], s[MIX + 2], gate[2], ahead);
+    activate(s[MIX + 2], n, gate[2], p, here, hyperbolic);
+  });
+}
+
+void forward_gru(Scratch& s, const Gate* gate, const Plane& p) {
+  float *new_h = s[ACT], *r = s[ACT + 1], *z = s[ACT + 2], *n = s[ACT + 3];
+  gru_gates(s, r, z, n, gate, p);
   for (int64_t i = p.begin; i < p.end; i += LANES) {
-    vec n = hyperbolic(convolve(s[MIX], gate[0], p, i));
-    store(s[ACT] + i, load(s[DH] + i) * (1.0f - n * n));
+    vec h = load(s[H] + i);
+    store(new_h + i, h + load(z + i) * (load(n + i) - h));
   }
-  back<true>(s[MIX], s[ACT], s[X], s[H], s[DX], s[DHO], gate[0], grad[0], p);
 }
 
 void backward_gru(Scratch& s, const Gate* gate, Gate* grad, const Plane& p) {
   float *r = s[ACT], *z = s[ACT + 1], *n = s[ACT + 2], *drh = s[ACT + 3];
-  for (int k = 0; k < 2; ++k) mix(s[X], s[H], s[MIX + k], gate[k], p);
+  const Span all = {p.begin, p.end};
+  gru_gates(s, r, z, n, gate, p);
   for (int64_t i = p.begin; i < p.end; i += LANES) {
-    vec reset = sigmoid(convolve(s[MIX], gate[0], p, i));
-    store(r + i, reset);
-    store(s[RH] + i, reset * load(s[H] + i));
-  }
-  mix(s[X], s[RH], s[MIX + 2], gate[2], p);
-  for (int64_t i = p.begin; i < p.end; i += LANES) {
-    vec d = load(s[DH] + i), update = sigmoid(convolve(s[MIX + 1], gate[1], p, i));
-    vec candidate = hyperbolic(convolve(s[MIX + 2], gate[2], p, i));
+    vec d = load(s[DH] + i), update = load(z + i), candidate = load(n + i);
     store(n + i, d * update * (1.0f - candidate * candidate));
     store(z + i, d * (candidate - load(s[H] + i)) * update * (1.0f - update));
     store(s[DC] + i, d * (1.0f - update));
   }
-  back<true>(s[MIX + 2], n, s[X], s[RH], s[DX], drh, gate[2], grad[2], p);
+  back<true>(s[MIX + 2], n, s[X], s[RH], s[DX], drh, gate[2], grad[2], p, all);
   for (int64_t i = p.begin; i < p.end; i += LANES) {
     vec reset = load(r + i), d = load(drh + i);
     store(s[DHO] + i, load(s[DC] + i) + d * reset);
     store(r + i, d * load(s[H] + i) * reset * (1.0f - reset));
   }
-  back<false>(s[MIX], r, s[X], s[H], s[DX], s[DHO], gate[0], grad[0], p);
-  back<false>(s[MIX + 1], z, s[X], s[H], s[DX], s[DHO], gate[1], grad[1], p);
+  back<false>(s[MIX], r, s[X], s[H], s[DX], s[DHO], gate[0], grad[0], p, all);
+  back<false>(s[MIX + 1], z, s[X], s[H], s[DX], s[DHO], gate[1], grad[1], p, all);
+}
+
+INLINE void lstm_gates(Scratch& s, const Gate* gate, const Plane& p, Span here, Span ahead) {
+  for (int k = 0; k < 4; ++k) {
+    mix(s[X], s[H], s[MIX + k], gate[k], ahead);
+    if (k == 2) activate(s[MIX + k], s[ACT + k], gate[k], p, here, hyperbolic);
+    else activate(s[MIX + k], s[ACT + k], gate[k], p, here, sigmoid);
+  }
+}
+
+void forward_lstm(Scratch& s, const Gate* gate, const Plane& p) {
+  float *in = s[ACT], *f = s[ACT + 1], *g = s[ACT + 2], *o = s[ACT + 3];
+  tiles(p, [&](Span here, Span ahead, Span) {
+    lstm_gates(s, gate, p, here, ahead);
+    for (int64_t i = here.begin; i < here.end; i += LANES) {
+      vec c = load(f + i) * load(s[C] + i) + load(in + i) * load(g + i);
+      store(s[ACT] + i, load(o + i) * hyperbolic(c));
+      store(s[ACT + 1] + i, c);
+    }
+  });
 }
 
 void backward_lstm(Scratch& s, const Gate* gate, Gate* grad, const Plane& p) {
   float *di = s[ACT], *df = s[ACT + 1], *dg = s[ACT + 2], *dout = s[ACT + 3];
-  for (int k = 0; k < 4; ++k) mix(s[X], s[H], s[MIX + k], gate[k], p);
-  for (int64_t i = p.begin; i < p.end; i += LANES) {
-    vec in = sigmoid(convolve(s[MIX], gate[0], p, i)), f = sigmoid(convolve(s[MIX + 1], gate[1], p, i));
-    vec g = hyperbolic(convolve(s[MIX + 2], gate[2], p, i)), o = sigmoid(convolve(s[MIX + 3], gate[3], p, i));
-    vec old = load(s[C] + i), d = load(s[DH] + i), t = hyperbolic(f * old + in * g);
-    vec dc = load(s[DC] + i) + d * o * (1.0f - t * t);
-    store(di + i, dc * g * in * (1.0f - in));
-    store(df + i, dc * old * f * (1.0f - f));
-    store(dg + i, dc * in * (1.0f - g * g));
-    store(dout + i, d * t * o * (1.0f - o));
-    store(s[DC] + i, dc * f);
-  }
-  back<true>(s[MIX], di, s[X], s[H], s[DX], s[DHO], gate[0], grad[0], p);
-  for (int k = 1; k < 4; ++k) back<false>(s[MIX + k], s[ACT + k], s[X], s[H], s[DX], s[DHO], gate[k], grad[k], p);
+  tiles(p, [&](Span here, Span ahead, Span behind) {
+    lstm_gates(s, gate, p, here, ahead);
+    for (int64_t i = here.begin; i < here.end; i += LANES) {
+      vec in = load(di + i), f = load(df + i), g = load(dg + i), o = load(dout + i);
+      vec old = load(s[C] + i), d = load(s[DH] + i), t = hyperbolic(f * old + in * g);
+      vec dc = load(s[DC] + i) + d * o * (1.0f - t * t);
+      store(di + i, dc * g * in * (1.0f - in));
+      store(df + i, dc * old * f * (1.0f - f));
+      store(dg + i, dc * in * (1.0f - g * g));
+      store(dout + i, d * t * o * (1.0f - o));
+      store(s[DC] + i, dc * f);
+    }
+    back<true>(s[MIX], di, s[X], s[H], s[DX], s[DHO], gate[0], grad[0], p, behind);
+    for (int k = 1; k < 4; ++k)
+      back<false>(s[MIX + k], s[ACT + k], s[X], s[H], s[DX], s[DHO], gate[k], grad[k], p, behind);
+  });
 }
 
 // One step for `count` images from n on, stacked.
@@ -241,14 +205,13 @@ void task(const Maps& maps, const Shape& shape, int64_t n, int64_t count, int64_
     const bool real = i < count;  // an empty place is zeros: what is added up there must add nothing
     w.in(real ? maps.x : nullptr, s[X], i);
     w.in(real ? maps.h : nullptr, s[H], i);
-    if (CELL == LSTM) w.in(real ? maps.c : nullptr, s[C], i);
+    if (CELL == LSTM || (grad && CELL == RNN)) w.in(real ? maps.c : nullptr, s[C], i);
     if (grad) w.in(real ? maps.dh : nullptr, s[DH], i);
     if (grad && CELL == LSTM) w.in(real ? maps.dc : nullptr, s[DC], i);
   }
-  if (!grad) forward<CELL>(s, gate, p);
-  else if (CELL == RNN) backward_rnn(s, gate, grad, p);
-  else if (CELL == GRU) backward_gru(s, gate, grad, p);
-  else backward_lstm(s, gate, grad, p);
+  if (CELL == RNN) grad ? backward_rnn(s, gate, grad, p) : forward_rnn(s, gate, p);
+  if (CELL == GRU) grad ? backward_gru(s, gate, grad, p) : forward_gru(s, gate, p);
+  if (CELL == LSTM) grad ? backward_lstm(s, gate, grad, p) : forward_lstm(s, gate, p);
   for (int64_t i = 0; i < count; ++i) {
     const Window w(shape, p, n + i, block);
     w.out(s[grad ? DX : ACT], grad ? maps.dx : maps.new_h, i);
@@ -302,6 +265,7 @@ void run(int64_t cell, const Maps& maps, const Weights& weights, const Weights* 
 }  // namespace
 
 // sizes: N, C, H, W and whether the maps are channels last. Maps of the old state and of gradients may be null.
+// c is the old cell state of an LSTM; in the backward of an RNN it is the new hidden state.
 extern "C" void regulate_forward(int64_t cell, const int64_t* sizes, int64_t chunks, int64_t threads, float* mix, float* weight,
                                  float* bias, const float* x, const float* h, const float* c, float* new_h,
                                  float* new_c) {

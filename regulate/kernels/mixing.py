@@ -1,14 +1,18 @@
-"""The 1x1 convolution of concat[x, h] as two matrix products, without the concatenation."""
+"""The 1x1 convolution of concat[x, h] as matrix products, without the concatenation."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .choose import eager_on_cpu
 
+Maybe = Tensor | None
 
-def mixed(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+
+def mixed(x: Tensor, h: Tensor, weight: Tensor, bias: Maybe = None) -> Maybe:
     """`W * concat[x, h] + b` for a 1x1 convolution, or None where the convolution is the better way.
 
     The concatenation is neither made nor kept for the backward, and at few channels a matrix product per image
@@ -23,21 +27,69 @@ def mixed(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     Returns:
         (N, K, H, W) in x's memory format.
     """
-    if not eager_on_cpu(x, h, weight) or x.dim() != 4 or x.shape[2:] != h.shape[2:]:
+    given = (x, h, weight) if bias is None else (x, h, weight, bias)
+    if not eager_on_cpu(*given) or x.dim() != 4 or x.shape[2:] != h.shape[2:]:
         return None
-    m, k = x.shape[1], weight.shape[0]
-    rows = weight.reshape(k, -1)
-    if x.is_contiguous():
-        # Not matmul: it folds the batch into the columns, which leaves the result transposed.
-        of_x, of_h = (part.expand(len(x), -1, -1) for part in (rows[:, :m], rows[:, m:]))
-        pixels = x.flatten(2)
-        flat = torch.bmm(of_x, pixels) if bias is None else torch.baddbmm(bias[:, None], of_x, pixels)
-        flat = flat.baddbmm_(of_h, h.flatten(2))
-        return flat.view(len(x), k, *x.shape[2:])
-    if x.is_contiguous(memory_format=torch.channels_last):
-        of_x, of_h = (part.permute(0, 2, 3, 1).reshape(-1, part.shape[1]) for part in (x, h))
-        w = rows[:, :m].t()
-        flat = torch.mm(of_x, w) if bias is None else torch.addmm(bias, of_x, w)
-        flat = flat.addmm_(of_h, rows[:, m:].t())
-        return flat.view(len(x), *x.shape[2:], k).permute(0, 3, 1, 2)
+    if weight.shape[1:] != (x.shape[1] + h.shape[1], 1, 1) or _format(x) is None:
+        return None
+    return _Mix.apply(x, h, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _format(x: Tensor) -> torch.memory_format | None:
+    for form in (torch.contiguous_format, torch.channels_last):
+        if x.is_contiguous(memory_format=form):
+            return form
     return None
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, h: Tensor, weight: Tensor, bias: Maybe) -> Tensor:
+        ctx.save_for_backward(x, h, weight, bias)
+        of_x, of_h = _halves(weight, x.shape[1])
+        if _format(x) == torch.channels_last:
+            flat = torch.mm(_rows(x), of_x.t()) if bias is None else torch.addmm(bias, _rows(x), of_x.t())
+            return flat.addmm_(_rows(h), of_h.t()).view(len(x), *x.shape[2:], len(weight)).permute(0, 3, 1, 2)
+        of_x, of_h = (part.expand(len(x), -1, -1) for part in (of_x, of_h))
+        # Not matmul: it folds the batch into the columns, which leaves the result transposed.
+        flat = torch.bmm(of_x, x.flatten(2)) if bias is None else torch.baddbmm(bias[:, None], of_x, x.flatten(2))
+        return flat.baddbmm_(of_h, h.flatten(2)).view(len(x), len(weight), *x.shape[2:])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Maybe, ...]:
+        # In torch's operations on what was given, so that it can be differentiated again.
+        x, h, weight, _ = ctx.saved_tensors
+        last = _format(x) == torch.channels_last
+        dy = dy.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        halves = zip((x, h), _halves(weight, x.shape[1]), ctx.needs_input_grad, strict=False)
+        maps = [(_spread_last if last else _spread)(dy, part, t) if needed else None for t, part, needed in halves]
+        sums = [(_sums_last if last else _sums)(dy, t) for t in (x, h)] if ctx.needs_input_grad[2] else []
+        dbias = dy.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None
+        return *maps, torch.cat(sums, 1).view_as(weight) if sums else None, dbias
+
+
+def _halves(weight: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """The columns for x and those for h."""
+    rows = weight.flatten(1)
+    return rows[:, :m], rows[:, m:]
+
+
+def _spread(dy: Tensor, part: Tensor, like: Tensor) -> Tensor:
+    return torch.bmm(part.t().expand(len(dy), -1, -1), dy.flatten(2)).view(like.shape)
+
+
+def _sums(dy: Tensor, t: Tensor) -> Tensor:
+    return torch.bmm(dy.flatten(2), t.flatten(2).transpose(1, 2)).sum(0)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(N, C, H, W) in channels last as (N * H * W, C), without a copy where it is."""
+    return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
+
+
+def _spread_last(dy: Tensor, part: Tensor, like: Tensor) -> Tensor:
+    return torch.mm(_rows(dy), part).view(len(dy), *like.shape[2:], like.shape[1]).permute(0, 3, 1, 2)
+
+
+def _sums_last(dy: Tensor, t: Tensor) -> Tensor:
+    return torch.mm(_rows(dy).t(), _rows(t))

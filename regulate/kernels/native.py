@@ -32,9 +32,22 @@ def forward(cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: W
 
 
 def backward(
-    cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Weights, dh: Tensor, dc: Tensor | None
+    cell: str,
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    weights: Weights,
+    new_h: Tensor | None,
+    dh: Tensor,
+    dc: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """The gradients of `forward`; dh and dc are those of its results. The gates are computed again.
+
+    Args:
+        cell: see `forward`, as x, h, c and weights.
+        new_h: the new hidden state of an RNN, which is its gate; the other cells do without.
+        dh: of the new hidden state.
+        dc: of the new cell state, or None.
 
     Returns:
         Those of x, h, c (empty for a cell without), mix, weight and bias.
@@ -42,9 +55,10 @@ def backward(
     parts = chunks(x)
     dx, dh_old = torch.empty_like(x), torch.empty_like(x)
     dc_old = torch.empty_like(x) if cell == "lstm" else x.new_empty(0)
+    memory = new_h if cell == "rnn" else c
     # Each chunk of the batch has its own sums: no locks, and the same order of additions every time.
     sums = [weight.new_empty(parts, *weight.shape) for weight in weights]
-    _step("regulate_backward", cell, x, parts, *weights, x, h, c, dh, dc, dx, dh_old, dc_old, *sums)
+    _step("regulate_backward", cell, x, parts, *weights, x, h, memory, dh, dc, dx, dh_old, dc_old, *sums)
     return dx, dh_old, dc_old, *(part.sum(0) for part in sums)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import aten, op
+from . import aten, fused, op
 from .again import GATES
-from .choose import choose
+from .choose import choose, dispatched
 
 
 def step(
@@ -29,8 +29,17 @@ def step(
         return None
     mix, weight, bias = convs[0] if len(convs) == 1 else (torch.cat(parts) for parts in zip(*convs, strict=True))
     h, c = (*(state or ()), None, None)[:2]
+    tensors = (x, h, c, mix, weight, bias)
     if form == "aten":
-        new_h, new_c = aten.step(cell, x, h, c, mix, weight, bias)
+        new_h, new_c = aten.step(cell, *tensors)
+    elif torch.compiler.is_compiling() or dispatched():
+        new_h, new_c = op.light_step(cell, *tensors, _type(x))
     else:
-        new_h, new_c = op.light_step(cell, x, h, c, mix, weight, bias)
+        new_h, new_c = fused.step(cell, tensors, _type(x))
     return (new_h, new_c) if cell == "lstm" and new_c is not None else (new_h,)
+
+
+def _type(x: Tensor) -> torch.dtype:
+    """Of the new state: x's, or that of the autocast region, whose convolutions would have computed the gates."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -73,12 +73,19 @@ struct Flush {
 #endif
 };
 
-// Copies a row; rows are short, and a call of memcpy would cost more than the copy.
+// Copies a row. Rows are short, a call of memcpy would cost more than the copy: the last part overlaps the one before.
 INLINE void copy(float* to, const float* from, int64_t count) {
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) store(to + i, load(from + i));
-  for (; i + 4 <= count; i += 4) *(quarter*)(to + i) = *(const quarter*)(from + i);
-  for (; i < count; ++i) to[i] = from[i];
+  const int64_t part = count >= LANES ? LANES : 4;
+  if (count < part) {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+    return;
+  }
+  for (int64_t i = 0;; i += part) {
+    if (i > count - part) i = count - part;
+    if (part == LANES) store(to + i, load(from + i));
+    else *(quarter*)(to + i) = *(const quarter*)(from + i);
+    if (i == count - part) return;
+  }
 }
 
 }  // namespace

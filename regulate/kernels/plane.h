@@ -1,0 +1,102 @@
+// Where the pixels of a channel plane lie: in a map, in a task's scratch, and in the tiles of a loop over it.
+//
+// A scratch plane is flat. A row holds W pixels behind one pixel of zeros, which is the right border of the row
+// above as well, so each of the nine taps is one constant offset and a plane of any size is one loop. Small planes
+// of a channel are stacked, a row of zeros between them, so that loops stay long. A pixel is one float (NCHW: a
+// vector covers 16 pixels of a channel) or 16 (channels last: a vector covers 16 channels of a pixel); only
+// loading and storing know the difference.
+#pragma once
+
+#include "vec.h"
+
+namespace {
+
+constexpr int64_t LONG = 1024;  // floats in a stack of small planes: sixteen buffers stay near the core
+
+struct Shape {
+  int64_t batch, channels, height, width;
+  bool last;  // channels last
+};
+
+struct Plane {
+  int64_t row, image, stack, begin, end, size, taps[9];
+  int lanes;
+  Plane(const Shape& s, int64_t images) : lanes(s.last ? LANES : 1) {
+    row = (s.width + 1) * lanes;
+    image = (s.height + 1) * row;
+    const int64_t stacks = (images * image + LONG - 1) / LONG;  // as many as it takes, and then evenly filled
+    stack = image < LONG && stacks > 0 ? (images + stacks - 1) / stacks : 1;
+    begin = row + lanes;
+    end = begin + stack * image - row - lanes;
+    size = stack * image + row + lanes + LANES;
+    for (int t = 0; t < 9; ++t) taps[t] = (t / 3 - 1) * row + (t % 3 - 1) * lanes;
+  }
+};
+
+// Where a task's channels lie in a map and how they get into and out of the scratch.
+struct Window {
+  const Shape& shape;
+  const Plane& plane;
+  int64_t offset, wide;
+  Window(const Shape& s, const Plane& p, int64_t n, int64_t block) : shape(s), plane(p) {
+    int64_t first = block * p.lanes, pixels = s.height * s.width;
+    wide = s.channels - first < p.lanes ? s.channels - first : p.lanes;
+    offset = s.last ? n * pixels * s.channels + first : (n * s.channels + first) * pixels;
+  }
+  void in(const float* map, float* scratch, int64_t place) const {
+    for (int64_t y = 0; y < shape.height; ++y) {
+      float* to = scratch + plane.begin + place * plane.image + y * plane.row;
+      if (!map) {
+        std::memset(to, 0, 4 * shape.width * plane.lanes);
+      } else if (!shape.last) {
+        copy(to, map + offset + y * shape.width, shape.width);
+      } else {
+        const float* from = map + offset + y * shape.width * shape.channels;
+        for (int64_t x = 0; x < shape.width; ++x, from += shape.channels, to += LANES) {
+          if (wide == LANES) store(to, load(from));
+          else for (int lane = 0; lane < LANES; ++lane) to[lane] = lane < wide ? from[lane] : 0.0f;
+        }
+      }
+    }
+  }
+  void out(const float* scratch, float* map, int64_t place) const {
+    if (!map) return;
+    for (int64_t y = 0; y < shape.height; ++y) {
+      const float* from = scratch + plane.begin + place * plane.image + y * plane.row;
+      if (!shape.last) {
+        copy(map + offset + y * shape.width, from, shape.width);
+        continue;
+      }
+      float* to = map + offset + y * shape.width * shape.channels;
+      for (int64_t x = 0; x < shape.width; ++x, to += shape.channels, from += LANES) {
+        if (wide == LANES) store(to, load(from));
+        else copy(to, from, wide);
+      }
+    }
+  }
+};
+
+// A part of a scratch plane, from begin to before end.
+struct Span {
+  int64_t begin, end;
+};
+
+// A loop over a plane in tiles, so that what one pass over a tile leaves is still near the core for the next pass.
+// A convolution reaches beyond its tile: what it reads must be ready `ahead` of the tile, and where its gradient
+// is spread, all of that must be there already `behind` it.
+constexpr int64_t TILE = 512;
+
+template <class Visit>
+INLINE void tiles(const Plane& p, Visit visit) {
+  const int64_t reach = (p.taps[8] + 2 * LANES - 1) / LANES * LANES;
+  const auto inside = [&](int64_t i) { return i < p.begin ? p.begin : i < p.end ? i : p.end; };
+  for (int64_t i = p.begin; i < p.end; i += TILE) {
+    const bool first = i == p.begin, last = i + TILE >= p.end;
+    const Span here = {i, inside(i + TILE)};
+    const Span ahead = {first ? p.begin : inside(i + reach), inside(i + TILE + reach)};
+    const Span behind = {inside(i - reach), last ? p.end : inside(i + TILE - reach)};
+    visit(here, ahead, behind);
+  }
+}
+
+}  // namespace
