@@ -25,6 +25,8 @@ def both(name: str, setting: Setting) -> dict[str, Setting]:
     return {f"{name}-eval": setting, f"{name}-train": replace(setting, train=True)}
 
 
+REFERENCE = both("resnet50-lstm-reference", R50)
+
 SUITE: dict[str, dict[str, Setting]] = {
     "ResNet-50 and its relatives": {
         **both("resnet50-lstm", R50),
@@ -34,7 +36,7 @@ SUITE: dict[str, dict[str, Setting]] = {
         **both("seresnext50-lstm", replace(R50, model="seresnext50_32x4d")),
     },
     "Channels last, both networks": both("resnet50-lstm-last", replace(R50, channels_last=True)),
-    "Before: the equations as torch operations": both("resnet50-lstm-reference", R50),
+    "Before: the equations as torch operations": REFERENCE,
     "Gradient checkpointing, both networks": {
         "resnet50-lstm-checkpointing-train": replace(R50, train=True, checkpointing=True)
     },
@@ -49,7 +51,7 @@ def run(name: str, setting: Setting, folder: Path) -> dict[str, Any]:
     """One measurement, or the file that an earlier call left."""
     path = folder / f"{name}.json"
     if not path.exists():
-        with kernels.use("reference" if "reference" in name else "auto"):
+        with kernels.use("reference" if name in REFERENCE else "auto"):
             path.write_text(json.dumps(measure(setting), indent=1) + "\n")
     found: dict[str, Any] = json.loads(path.read_text())
     return found

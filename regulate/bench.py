@@ -30,7 +30,7 @@ class Setting:
     """What is measured, and how.
 
     Args:
-        model: a timm name, or torchvision/NAME.
+        model: a timm name, torchvision/NAME or cifar/DEPTH.
         config: the regulators.
         train: a training step (forward, backward, SGD with momentum) instead of inference.
         batch: N.

@@ -31,7 +31,7 @@ def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
         moments = () if mean is None or variance is None else (mean, variance)
         if norm.training or not moments:
             # torch's norm says what is wrong with a single value.
-            if x.numel() > x.shape[1] and _native(x, norm.weight, norm.bias, *moments):
+            if _native(x, norm.weight, norm.bias, *moments) and x.numel() > x.shape[1]:
                 return _in_training(norm, _dense(x))
         elif not torch.is_grad_enabled() and _native(x, norm.weight, norm.bias, *moments):
             return _scaled(_dense(x), *scale_and_shift(norm))

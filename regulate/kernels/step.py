@@ -33,10 +33,20 @@ def step(
     if form == "aten":
         new_h, new_c = aten.step(cell, *tensors)
     elif torch.compiler.is_compiling() or dispatched():
-        new_h, new_c = op.light_step(cell, *tensors, _type(x))
+        new_h, new_c = op.light_step(cell, *_laid_out(x, h, c), mix, weight, bias, _type(x))
     else:
         new_h, new_c = fused.step(cell, tensors, _type(x))
     return (new_h, new_c) if cell == "lstm" and new_c is not None else (new_h,)
+
+
+def _laid_out(*maps: Tensor | None) -> list[Tensor | None]:
+    """The maps as inductor has them on the CPU, where it lays out every convolution in channels last.
+
+    It keeps the layout that an operator saw when it was traced: without this it would copy maps there and back.
+    """
+    if not torch.compiler.is_compiling() or maps[0] is None or maps[0].device.type != "cpu":
+        return list(maps)
+    return [None if t is None else t.contiguous(memory_format=torch.channels_last) for t in maps]
 
 
 def _type(x: Tensor) -> torch.dtype:

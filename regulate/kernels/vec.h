@@ -63,8 +63,8 @@ INLINE vec hyperbolic(vec x) {
   return s < 0.1f ? small : large;
 }
 
-// Numbers below the normal range count as zero while this lives: saturated gates make them all the time, and a
-// processor that has to compute with them is twenty times slower.
+// Numbers below the normal range count as zero while this lives: saturated gates make them all the time, and
+// processors take many times as long to compute with them.
 struct Flush {
 #ifdef __SSE__
   unsigned before = _mm_getcsr();
