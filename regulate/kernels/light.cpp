@@ -245,7 +245,8 @@ void step(const Maps& maps, const Weights& weights, const Weights* grads, const 
         task<CELL>(maps, shape, n, count, block, scratch, gate, grads ? grad : nullptr, plane);
       }
       if (!grads) continue;
-      const Weights part = {grads->mix + chunk * rows * 2, grads->weight + chunk * rows * 9, grads->bias + chunk * rows};
+      const int64_t row = chunk * rows;
+      const Weights part = {grads->mix + row * 2, grads->weight + row * 9, grads->bias + row};
       for (int k = 0; k < GATES[CELL]; ++k)
         parameters(grad[k], part, [&](vec& v, float* to, int64_t apart) {
           give(to, v, k * shape.channels + first, apart, wide, shape.last);
@@ -254,8 +255,8 @@ void step(const Maps& maps, const Weights& weights, const Weights* grads, const 
   }
 }
 
-void run(int64_t cell, const Maps& maps, const Weights& weights, const Weights* grads, const int64_t* sizes, int64_t chunks,
-         int64_t threads) {
+void run(int64_t cell, const Maps& maps, const Weights& weights, const Weights* grads, const int64_t* sizes,
+         int64_t chunks, int64_t threads) {
   const Shape shape = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4] != 0};
   if (cell == RNN) step<RNN>(maps, weights, grads, shape, chunks, threads);
   if (cell == GRU) step<GRU>(maps, weights, grads, shape, chunks, threads);
@@ -266,17 +267,17 @@ void run(int64_t cell, const Maps& maps, const Weights& weights, const Weights* 
 
 // sizes: N, C, H, W and whether the maps are channels last. Maps of the old state and of gradients may be null.
 // c is the old cell state of an LSTM; in the backward of an RNN it is the new hidden state.
-extern "C" void regulate_forward(int64_t cell, const int64_t* sizes, int64_t chunks, int64_t threads, float* mix, float* weight,
-                                 float* bias, const float* x, const float* h, const float* c, float* new_h,
-                                 float* new_c) {
+extern "C" void regulate_forward(int64_t cell, const int64_t* sizes, int64_t chunks, int64_t threads, float* mix,
+                                 float* weight, float* bias, const float* x, const float* h, const float* c,
+                                 float* new_h, float* new_c) {
   const Maps maps = {x, h, c, nullptr, nullptr, new_h, new_c, nullptr, nullptr, nullptr};
   run(cell, maps, {mix, weight, bias}, nullptr, sizes, chunks, threads);
 }
 
-extern "C" void regulate_backward(int64_t cell, const int64_t* sizes, int64_t chunks, int64_t threads, float* mix, float* weight,
-                                  float* bias, const float* x, const float* h, const float* c, const float* dh,
-                                  const float* dc, float* dx, float* dh_old, float* dc_old, float* dmix, float* dweight,
-                                  float* dbias) {
+extern "C" void regulate_backward(int64_t cell, const int64_t* sizes, int64_t chunks, int64_t threads, float* mix,
+                                  float* weight, float* bias, const float* x, const float* h, const float* c,
+                                  const float* dh, const float* dc, float* dx, float* dh_old, float* dc_old,
+                                  float* dmix, float* dweight, float* dbias) {
   const Maps maps = {x, h, c, dh, dc, nullptr, nullptr, dx, dh_old, dc_old};
   const Weights grads = {dmix, dweight, dbias};
   run(cell, maps, {mix, weight, bias}, &grads, sizes, chunks, threads);

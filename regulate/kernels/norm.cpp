@@ -162,13 +162,16 @@ void scale_relu(const Map& map, const Job& job, const float* x, vec scale, vec s
 struct Norm {
   vec mean, inverse, scale, shift;
   Norm(const Map& map, const Job& job, const float* weight, const float* bias, const float* stats)
-      : mean(channel(map, job, stats + MEAN * map.channels)), inverse(channel(map, job, stats + INVERSE * map.channels)),
-        scale(channel(map, job, weight) * inverse), shift(channel(map, job, bias) - mean * scale) {}
+      : mean(channel(map, job, stats + MEAN * map.channels)),
+        inverse(channel(map, job, stats + INVERSE * map.channels)),
+        scale(channel(map, job, weight) * inverse),
+        shift(channel(map, job, bias) - mean * scale) {}
   vec passed(vec x, vec dy) const { return scale * x + shift <= 0.0f ? vec{} : dy; }
 };
 
 // The sums of d, which is dy where the ReLU let pass, and of d * (x - mean).
-void gradient_sums(const Map& map, const Job& job, const float* x, const float* dy, const Norm& norm, const Sums& sums) {
+void gradient_sums(const Map& map, const Job& job, const float* x, const float* dy, const Norm& norm,
+                   const Sums& sums) {
   double of_d[LANES] = {}, of_dx[LANES] = {};
   pieces(map, job, [&](const Piece& piece) {
     vec s = vec{}, p = vec{};
