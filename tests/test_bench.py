@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,8 @@ import torch
 from regulate import RegulatorConfig, bench, kernels
 from regulate.bench import Setting, in_turn, measure, report
 from regulate.cli import main
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_the_networks_take_turns():
@@ -66,3 +72,19 @@ def test_the_command(tmp_path, capsys):
     assert main(["bench", "cifar/many"]) == 2
     assert "cifar/20 and so on" in capsys.readouterr().err
     assert kernels.setting() == "auto"
+
+
+@pytest.mark.parametrize(
+    ("script", "shown"),
+    [
+        ("bench_profile.py cifar/20 --cell rnn --train --batch 2 --size 16 --rounds 1 --lines 99", "_StepBackward"),
+        ("bench_rewrite.py cifar/20", "cifar/20"),
+    ],
+)
+def test_the_scripts_of_the_performance_page(script, shown):
+    name, *options = script.split()
+    command = [sys.executable, "-W", "ignore", str(ROOT / "examples" / name), *options]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert any(line.startswith(shown) for line in done.stdout.splitlines()), done.stderr
