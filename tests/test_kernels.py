@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 from torch.utils.flop_counter import FlopCounterMode
 
 from regulate import kernels
@@ -166,12 +167,13 @@ def test_every_parameter_has_a_gradient_after_a_step_from_nothing():
         assert all(p.grad is not None for p in cell.parameters()), (name, form)
 
 
+@pytest.mark.skipif(TorchVersion(torch.__version__) < "2.5", reason="torch 2.4's counter sees no custom operators")
 def test_flops_of_the_operator():
     """The counter hooks all modules, so that cells take their readable form under it: the operator by itself."""
     for name in CELLS:
         cell, x, state, grads = case(name, (2, 3, 8, 8))
         convs = tuple(tuple(conv) for conv in by_conv(cell))
-        with FlopCounterMode(display=False) as readable, torch.no_grad():
+        with FlopCounterMode(display=False) as readable:
             cell(x, state)
         with FlopCounterMode(display=False) as counter:
             torch.autograd.backward(kernels.step(name, x, state, convs), grads)
@@ -201,7 +203,8 @@ def test_threads_only_share_the_work():
             for threads in (1, 3):
                 torch.set_num_threads(threads)
                 found.append(run("native", *arguments))
-            alike(*found, 1e-6)
+            # Exactly: gradient checkpointing runs a stage again, maybe with another number of threads.
+            assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     finally:
         torch.set_num_threads(before)
 

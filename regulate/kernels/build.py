@@ -14,7 +14,6 @@ import tempfile
 import warnings
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 _HERE = Path(__file__).parent
@@ -44,9 +43,13 @@ def _passed(argument: int | float | list[int] | Tensor | None) -> object:
 
 
 def chunks(x: Tensor) -> int:
-    """Into how many parts the batch of x is cut, so that every thread finds work: some four tasks each."""
+    """Into how many parts the batch of x is cut, so that many threads find work: some 64 tasks with the channels.
+
+    It depends on the shape alone, so that results do not depend on the threads: a backward pass that runs a stage
+    again (gradient checkpointing) may have another number of them, and must come to the same numbers.
+    """
     blocks = -(-x.shape[1] // 16) if channels_last(x) else x.shape[1]
-    return max(1, min(x.shape[0], -(-4 * torch.get_num_threads() // max(blocks, 1))))
+    return max(1, min(x.shape[0], -(-64 // max(blocks, 1))))
 
 
 def channels_last(x: Tensor) -> bool:
