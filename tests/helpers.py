@@ -6,6 +6,8 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 try:
     from timm.optim import param_groups_layer_decay as param_groups_layer_decay
@@ -47,3 +49,22 @@ def stir(model: nn.Module, scale: float = 0.1) -> nn.Module:
 
 def stirred(model: nn.Module, cell: str = "lstm", **options: object) -> nn.Module:
     return stir(regulate(model, cell, **options)).eval()
+
+
+class Watch(TorchDispatchMode):
+    """Torch's operators as they run: their names, and how often they read and write maps of a size, views aside."""
+
+    def __init__(self, size: int = 1) -> None:
+        super().__init__()
+        self.size, self.names, self.reads, self.writes = size, [], 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.names.append(str(function))
+        if not function.is_view:
+            self.reads += self.maps((args, kwargs))
+            self.writes += self.maps(out)
+        return out
+
+    def maps(self, tensors) -> int:
+        return sum(t.numel() // self.size for t in tree_leaves(tensors) if isinstance(t, torch.Tensor))

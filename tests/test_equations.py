@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from regulate import regulate
+from regulate import ConvLSTMCell, kernels, regulate
 from regulate.guard import regulators
 
-from .helpers import network, stir
+from .helpers import Watch, network, stir
 
 
 def fused(part, x, h):
@@ -81,3 +81,11 @@ def test_state_travels_between_blocks_and_not_between_stages():
     assert states[0] is None
     assert states[1] is seen["layer1.0.regulator"]
     assert states[2] is None
+
+
+def test_how_often_the_formulas_of_an_lstm_pass_over_its_maps():
+    """The figures of how-it-works.md; a kernel could do with three reads and two writes."""
+    x, cell = torch.randn(2, 64, 12, 12), ConvLSTMCell(64)
+    with kernels.use("reference"), torch.no_grad(), Watch(x.numel()) as seen:
+        cell(x, (x, x))
+    assert (seen.reads, seen.writes) == (33, 25)

@@ -14,12 +14,11 @@ from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils import parametrize, prune
 from torch.torch_version import TorchVersion
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from regulate import ConvGRUCell, ConvLSTMCell, kernels, regulate
 from regulate.kernels import aten, native, op
 
-from .helpers import network
+from .helpers import Watch, network
 
 X = torch.randn(2, 4, 6, 5)
 
@@ -152,20 +151,13 @@ def test_traced_and_exported_programs_run_without_this_package():
 
 def test_who_looks_at_operators_sees_them():
     """A FLOP counter or a policy of checkpointing; the short ways would pass them by."""
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.append(str(function))
-            return function(*args, **(kwargs or {}))
-
-    seen = []
     part, cell, x = nn.BatchNorm2d(4), ConvLSTMCell(4), X.requires_grad_()
-    with Watch():
+    with Watch() as seen:
         y = kernels.norm_relu(part, cell(x)[0])
         y.sum().backward()
-    assert "regulate.light_step.default" in seen
-    assert "regulate.light_step_backward.default" in seen
-    assert any("batch_norm" in name for name in seen)
+    assert "regulate.light_step.default" in seen.names
+    assert "regulate.light_step_backward.default" in seen.names
+    assert any("batch_norm" in name for name in seen.names)
 
 
 @pytest.mark.skipif(TorchVersion(torch.__version__) < "2.7", reason="compiled cells are the readable ones there")

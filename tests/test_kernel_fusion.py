@@ -13,6 +13,8 @@ from regulate import kernels
 from regulate.fusion import Fusion, Norm
 from regulate.scale import ScaleShift
 
+from .helpers import Watch
+
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 SHAPES = ((3, 5, 7, 6), (9, 33, 1, 1), (4, 17, 5, 9), (2, 20, 90, 61))
 
@@ -142,7 +144,10 @@ def test_gradients_of_gradients_of_the_mix():
 
 def test_the_mix_gives_only_the_gradients_that_are_asked_for():
     x, h, weight = torch.randn(2, 4, 3, 5), torch.randn(2, 3, 3, 5, requires_grad=True), torch.randn(4, 7, 1, 1)
-    kernels.mixed(x, h, weight).sum().backward()
+    y = kernels.mixed(x, h, weight)
+    with Watch() as seen:
+        y.sum().backward()
+    assert seen.names.count("aten.bmm.default") == 1
     assert x.grad is None
     assert weight.grad is None
     assert torch.allclose(h.grad, weight[:, 4:].sum(0).expand_as(h), atol=1e-5)

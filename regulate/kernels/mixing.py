@@ -45,7 +45,7 @@ def _format(x: Tensor) -> torch.memory_format | None:
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, h: Tensor, weight: Tensor, bias: Maybe) -> Tensor:
-        ctx.save_for_backward(x, h, weight, bias)
+        ctx.save_for_backward(x, h, weight)
         of_x, of_h = _halves(weight, x.shape[1])
         if _format(x) == torch.channels_last:
             flat = torch.mm(_rows(x), of_x.t()) if bias is None else torch.addmm(bias, _rows(x), of_x.t())
@@ -58,7 +58,7 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Maybe, ...]:
         # In torch's operations on what was given, so that it can be differentiated again.
-        x, h, weight, _ = ctx.saved_tensors
+        x, h, weight = ctx.saved_tensors
         last = _format(x) == torch.channels_last
         dy = dy.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
         halves = zip((x, h), _halves(weight, x.shape[1]), ctx.needs_input_grad, strict=False)
