@@ -23,6 +23,7 @@ from regulate.skeleton import skeleton
 from regulate.survey import survey, wished_size
 from regulate.verify import distance, example_inputs, perturb, verify_pair
 
+from . import models_page
 from .count_blocks import names
 from .zoo import BY_HAND, COUNTS, SAMPLE, TIMM_FILES, TOO_LARGE
 
@@ -141,6 +142,20 @@ def test_the_zoo_holds_every_architecture_of_the_files_it_claims():
     prefixes = ("resnet", "resnext", "wide_resnet", "regnet")
     vision = {f"torchvision/{n}" for n in models.list_models(models) if n.startswith(prefixes)}
     assert vision <= {*COUNTS, *TOO_LARGE}
+
+
+def test_the_sample_has_an_architecture_of_every_file():
+    assert set(SAMPLE) <= set(COUNTS)
+    assert all(set(SAMPLE) & set(timm.list_models(module=file)) for file in TIMM_FILES)
+
+
+def test_the_page_is_compared_with_the_sample():
+    results = {name: {"name": name, "found": 8, "expected": 8, "reason": "no residual block"} for name in SAMPLE}
+    text = "\n".join(models_page.row(figures) for figures in results.values())
+    assert models_page.differing(results, text) == []
+    assert models_page.differing({**results, "resnet18": {**results["resnet18"], "found": 7}}, text) == ["resnet18"]
+    with pytest.raises(SystemExit, match="resnet18"):
+        models_page.differing({name: results[name] for name in SAMPLE[1:]}, text)
 
 
 @pytest.mark.zoo

@@ -484,10 +484,11 @@ TIMM_FILES = [
     "xception_aligned",
 ]
 
-# One or two of each family, for the everyday tests.
+# One for each kind of block and family, for the everyday tests.
 SAMPLE = [
     "resnet18",
     "resnet50_gn",
+    "resnetblur18",
     "seresnext26d_32x4d",
     "legacy_seresnet18",
     "resnetv2_50",
