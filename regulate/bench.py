@@ -217,7 +217,7 @@ def _status(name: str) -> int:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """The processor, its threads, the versions, and the kernels in use."""
+    """Return the processor, its threads, the versions, the kernels in use and their instruction set."""
     processor = torch.cuda.get_device_name() if device == "cuda" else _processor()
     reason = kernels.why_no_native()
     return {
@@ -226,6 +226,7 @@ def machine(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "native": reason or "on",
+        "instruction set": kernels.instruction_set(),
         "kernels": kernels.setting(),
     }
 
@@ -249,7 +250,7 @@ def report(found: Mapping[str, Any]) -> str:
         f"{'channels last' if setting['channels_last'] else 'NCHW'}, {'compiled' if setting['compile'] else 'eager'}"
         f"{', gradient checkpointing' if setting['checkpointing'] else ''}",
         f"{here['processor']}, {here['threads']} threads, torch {here['torch']}, kernels {here['kernels']}, "
-        f"native {here['native']}",
+        f"native {here['instruction set'] or here['native']}",
         f"{'':24}{'ms':>10}{'images/s':>11}{'ratio':>9}{'peak MiB':>11}",
     ]
     for name, seconds in found["seconds"].items():

@@ -37,8 +37,10 @@ def test_figures_and_their_ratios():
     # (33 C + 2 C^2) / 18 C^2 in a block of width C = 16, 32, 64: 0.226, 0.168, 0.140, and strides and stem besides.
     assert found["arithmetic"] == pytest.approx(1.185, abs=0.01)
     assert found["machine"]["kernels"] == "auto"
+    assert found["machine"]["instruction set"] == kernels.instruction_set() is not None
     text = report(found)
     assert "cifar/20, gru light, train step, batch 4, 16x16, float32, NCHW, eager" in text
+    assert f"kernels auto, native {kernels.instruction_set()}" in text
     assert "only layer2" in text
 
 

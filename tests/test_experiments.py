@@ -17,6 +17,8 @@ import torch
 from matplotlib.image import imsave
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from regulate import kernels
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -99,6 +101,7 @@ def test_a_run_says_everything(tmp_path):
     report = run(tmp_path, "--epochs", "2", "--cell", "lstm", "--stages", "0", "layer3")
     assert report["options"]["stages"] == [0, "layer3"]
     assert report["versions"]["torch"] == torch.__version__
+    assert report["machine"]["instruction set"] == kernels.instruction_set()
     assert len(report["epochs"]) == 2
     assert report["top1"] == report["epochs"][-1]["top1"]
     assert report["peak_bytes"] > 10**7

@@ -11,6 +11,7 @@ that are not two-dimensional, tensor subclasses, function transforms, tracing an
 process is the environment variable REGULATE_KERNELS, one for a while is `use`.
 """
 
+from .build import instruction_set
 from .build import why_not as why_no_native
 from .choose import CHOICES, setting, use
 from .mixing import mixed
@@ -18,4 +19,4 @@ from .norm import norm_relu
 from .step import step
 from .untouched import untouched
 
-__all__ = ["CHOICES", "mixed", "norm_relu", "setting", "step", "untouched", "use", "why_no_native"]
+__all__ = ["CHOICES", "instruction_set", "mixed", "norm_relu", "setting", "step", "untouched", "use", "why_no_native"]

@@ -12,12 +12,14 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 _HERE = Path(__file__).parent
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+_THIS_PROCESSOR = ("-march=native",)
 
 
 def call(name: str, *arguments: int | float | list[int] | Tensor | None) -> None:
@@ -48,8 +50,14 @@ def chunks(x: Tensor) -> int:
     It depends on the shape alone, so that results do not depend on the threads: a backward pass that runs a stage
     again (gradient checkpointing) may have another number of them, and must come to the same numbers.
     """
-    blocks = -(-x.shape[1] // 16) if channels_last(x) else x.shape[1]
+    blocks = -(-x.shape[1] // _lanes()) if channels_last(x) else x.shape[1]
     return max(1, min(x.shape[0], -(-64 // max(blocks, 1))))
+
+
+def _lanes() -> int:
+    """The floats of a vector, which is what channels last are cut into."""
+    found = library()
+    return 1 if isinstance(found, str) else int(found.regulate_lanes())
 
 
 def channels_last(x: Tensor) -> bool:
@@ -61,6 +69,21 @@ def why_not() -> str | None:
     """Why the native kernel is off on this machine, or None if it is on. Compiles it on the first call."""
     found = library()
     return found if isinstance(found, str) else None
+
+
+def instruction_set() -> str | None:
+    """Return what the native kernels are compiled for, or None without them: `why_not` says why.
+
+    One of `"AVX-512"` (vectors of 16 floats), `"AVX2"` (8), `"SSE2"`, `"NEON"` and `"generic"` (4).
+    """
+    found = library()
+    return None if isinstance(found, str) else str(_name(found).decode())
+
+
+def _name(library: ctypes.CDLL) -> bytes:
+    library.regulate_instruction_set.restype = ctypes.c_char_p
+    name: bytes = library.regulate_instruction_set()
+    return name
 
 
 @functools.cache
@@ -82,12 +105,12 @@ def library() -> ctypes.CDLL | str:
 def _compiled(compiler: list[str]) -> Path:
     # A binary for this very processor: where machines share a home, none must get another one's.
     sources = [path.read_text() for path in sorted(_HERE.glob("*.h")) + _units()]
-    key = "\0".join([*compiler, *_FLAGS, *sources, _processor()])
+    key = "\0".join([*compiler, *_FLAGS, *_THIS_PROCESSOR, *sources, _processor()])
     name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     folder = _cache()
     if not (folder / name).exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            _compile(compiler, Path(scratch) / name)
+            make_library(compiler, Path(scratch) / name)
             (Path(scratch) / name).replace(folder / name)  # in one piece: other processes may do the same
     return folder / name
 
@@ -96,11 +119,19 @@ def _units() -> list[Path]:
     return sorted(_HERE.glob("*.cpp"))
 
 
-def _compile(compiler: list[str], out: Path) -> None:
-    """With OpenMP where the compiler has it, but not linked to it: torch's own is loaded, one pool of threads."""
+def make_library(compiler: Sequence[str], out: Path, target: Sequence[str] = _THIS_PROCESSOR) -> None:
+    """Compile the kernels, with OpenMP where the compiler has it.
+
+    It is not linked to it: torch's own is loaded already, and one pool of threads is enough.
+
+    Args:
+        compiler: command of a C++ compiler.
+        out: the library; what is compiled on the way lies beside it.
+        target: flags that say which processor it is for.
+    """
     objects = [str(out.with_name(f"{unit.stem}.o")) for unit in _units()]
     for unit, made in zip(_units(), objects, strict=True):
-        compiling = [*compiler, *_FLAGS, "-c", str(unit), "-o", made]
+        compiling = [*compiler, *_FLAGS, *target, "-c", str(unit), "-o", made]
         if subprocess.run([*compiling, "-fopenmp"], capture_output=True, timeout=300).returncode:
             subprocess.run(compiling, check=True, capture_output=True, text=True, timeout=300)
     subprocess.run([*compiler, "-shared", *objects, "-o", str(out)], check=True, capture_output=True, text=True)

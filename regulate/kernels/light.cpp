@@ -282,3 +282,8 @@ extern "C" void regulate_backward(int64_t cell, const int64_t* sizes, int64_t ch
   const Weights grads = {dmix, dweight, dbias};
   run(cell, maps, {mix, weight, bias}, &grads, sizes, chunks, threads);
 }
+
+// What this was compiled for, and how many floats its vectors have.
+extern "C" const char* regulate_instruction_set() { return INSTRUCTION_SET; }
+
+extern "C" int64_t regulate_lanes() { return LANES; }

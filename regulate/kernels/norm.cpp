@@ -29,7 +29,7 @@ struct Job {
   }
 };
 
-// A part of a task that fits the nearest cache: rows of pixels of one channel, or pixels of 16 channels.
+// A part of a task that fits the nearest cache: rows of pixels of one channel, or pixels of a vector of channels.
 struct Piece {
   int64_t offset, rows, count;
 };

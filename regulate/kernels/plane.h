@@ -3,8 +3,8 @@
 // A scratch plane is flat. A row holds W pixels behind one pixel of zeros, which is the right border of the row
 // above as well, so each of the nine taps is one constant offset and a plane of any size is one loop. Small planes
 // of a channel are stacked, a row of zeros between them, so that loops stay long. A pixel is one float (NCHW: a
-// vector covers 16 pixels of a channel) or 16 (channels last: a vector covers 16 channels of a pixel); only
-// loading and storing know the difference.
+// vector covers pixels of a channel) or a vector (channels last: it covers channels of a pixel); only loading and
+// storing know the difference.
 #pragma once
 
 #include "vec.h"

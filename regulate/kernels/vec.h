@@ -1,4 +1,4 @@
-// Vectors of 16 floats and the two activations. NaN and infinity come out as they would elsewhere: no -ffast-math.
+// Vectors of floats and the two activations. NaN and infinity come out as they would elsewhere: no -ffast-math.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,25 @@
 
 namespace {
 
+// As wide as the registers that this is compiled for. A wider vector would be right as well, but compilers break its
+// comparisons and selections into single floats.
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+constexpr char INSTRUCTION_SET[] = "AVX-512";
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+constexpr char INSTRUCTION_SET[] = "AVX2";
+#elif defined(__SSE2__)
+constexpr int LANES = 4;
+constexpr char INSTRUCTION_SET[] = "SSE2";
+#elif defined(__ARM_NEON)
+constexpr int LANES = 4;
+constexpr char INSTRUCTION_SET[] = "NEON";
+#else
+constexpr int LANES = 4;
+constexpr char INSTRUCTION_SET[] = "generic";
+#endif
+
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
