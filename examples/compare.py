@@ -21,9 +21,8 @@ from typing import Any
 
 import matplotlib
 import torch
-from data import MissingDataError
-from options import Options
-from train import TrainingError, train
+from experiments.loop import train
+from experiments.options import Options
 
 import regulate
 
@@ -85,12 +84,12 @@ EXPERIMENTS: dict[str, Callable[[Options], list[Arm]]] = {
 def run(arm: Arm, seed: int, folder: Path) -> dict[str, Any]:
     """One arm with one seed; the result of an earlier call if there is one."""
     out = folder / f"{_slug(arm.name)}-{seed}"
-    start = str(folder / f"{_slug(arm.start)}-{seed}" / "model.pt") if arm.start else None
+    start = str(folder / f"{_slug(arm.start)}-{seed}" / "model.safetensors") if arm.start else None
     options = replace(arm.options, seed=seed, out=str(out), weights=start, quiet=True)
     done = out / "run.json"
     if done.exists():
         report: dict[str, Any] = json.loads(done.read_text())
-        if report["options"] == json.loads(json.dumps(options.__dict__)):
+        if report["options"] == json.loads(json.dumps(options.deciding())):
             return report
     return train(options)
 
@@ -203,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         found = results(arms, args.seeds, args.work / args.experiment, args.jobs)
-    except (TrainingError, MissingDataError, regulate.RegulateError, ValueError, OSError) as error:
+    except (regulate.RegulateError, ValueError, RuntimeError, OSError) as error:
         print(f"compare.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)

@@ -18,9 +18,9 @@ from pathlib import Path
 import matplotlib
 import torch
 import torch.nn.functional as F
-from data import load
+from experiments.data import load
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 import regulate
@@ -44,8 +44,14 @@ def digits(batch: int, seed: int) -> Data:
     images = load("digits")
     order = torch.Generator().manual_seed(seed)
     return Data(
-        DataLoader(images.train, batch, shuffle=True, drop_last=True, generator=order),
-        DataLoader(images.test, 256),
+        DataLoader(
+            TensorDataset(images.train.pixels, images.train.labels),
+            batch,
+            shuffle=True,
+            drop_last=True,
+            generator=order,
+        ),
+        DataLoader(TensorDataset(images.test.pixels, images.test.labels), 256),
         images.classes,
     )
 

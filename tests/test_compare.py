@@ -13,9 +13,8 @@ from matplotlib.image import imread
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import compare
-import data
-import train
-from options import Options
+from experiments import data, networks
+from experiments.options import Options
 
 
 @pytest.mark.parametrize("experiment", list(compare.EXPERIMENTS))
@@ -24,7 +23,7 @@ def test_the_arms_of_the_experiments(experiment):
     assert len({arm.name for arm in arms}) == len(arms)
     assert "plain" in [arm.name for arm in arms]
     digits = data.load("digits")
-    sizes = {arm.name: sum(p.numel() for p in train.build(arm.options, digits).parameters()) for arm in arms}
+    sizes = {arm.name: sum(p.numel() for p in networks.build(arm.options, digits).parameters()) for arm in arms}
     if experiment == "scratch":
         assert abs(sizes["plain, width 17"] / sizes["lstm"] - 1) < 0.02
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imsave
+from safetensors.torch import load_file
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from regulate import kernels
@@ -22,10 +23,12 @@ from regulate import kernels
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
-import data  # noqa: E402
 import train  # noqa: E402
-from options import RECIPES, Options, options_of  # noqa: E402
+from experiments import batches, data, loop, networks, store  # noqa: E402
+from experiments.options import RECIPES, Options, options_of  # noqa: E402
+from experiments.place import Place  # noqa: E402
 
+HERE = Place(0, 1, torch.device("cpu"))
 TINY = ("--subset", "64", "--quiet", "--model", "resnet20")
 
 
@@ -35,7 +38,7 @@ def run(folder, *arguments):
 
 
 def figures(report):
-    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in report["epochs"]]
+    return [{key: value for key, value in entry.items() if not key.endswith("seconds")} for entry in report["epochs"]]
 
 
 def cifar_files(root, kind):
@@ -52,6 +55,15 @@ def cifar_files(root, kind):
     return root
 
 
+@pytest.fixture
+def fake_cifar(monkeypatch):
+    """A handful of images passes for CIFAR."""
+    for kind in (CIFAR10, CIFAR100):
+        monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
+        monkeypatch.setattr(kind, "_load_meta", lambda self: setattr(self, "classes", []))
+    monkeypatch.setattr(store, "DIGESTS", {})
+
+
 def image_folder(root):
     for split in ("train", "val"):
         for name in ("a", "b", "c"):
@@ -62,29 +74,22 @@ def image_folder(root):
 
 
 def test_the_presets_are_the_papers():
-    cifar, imagenet = RECIPES["cifar"], RECIPES["imagenet"]
+    cifar, imagenet = RECIPES["paper"], RECIPES["imagenet"]
     assert (cifar.rate, cifar.batch, cifar.epochs, cifar.milestones) == (0.1, 64, 150, (80,))
     assert (imagenet.rate, imagenet.batch, imagenet.epochs, imagenet.milestones) == (0.06, 128, 90, (50, 70))
-    assert all((r.momentum, r.decay) == (0.9, 1e-4) for r in RECIPES.values())
+    assert all((r.momentum, r.decay) == (0.9, 1e-4) for name, r in RECIPES.items() if name != "short")
     assert [Options(dataset=name).plan() for name in data.NAMES] == [
-        RECIPES[name] for name in ("digits", "cifar", "cifar", "imagenet")
+        RECIPES[name] for name in ("digits", "paper", "paper", "paper", "imagenet")
     ]
 
 
 @pytest.mark.parametrize("kind", [CIFAR10, CIFAR100])
-def test_the_cifar_preset_runs(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
-    monkeypatch.setattr(CIFAR10, "_load_meta", lambda self: setattr(self, "classes", [str(i) for i in range(10)]))
+def test_the_cifar_preset_runs(kind, tmp_path, fake_cifar):
     root = cifar_files(tmp_path / "data", kind)
     name = kind.__name__.lower()
     report = run(tmp_path / "run", "--dataset", name, "--data", str(root), "--cell", "gru", "--epochs", "1")
     assert report["recipe"]["batch"] == 64
-    assert report["parameters"] == 272_474 + 37_632
-    loaded = data.load(name, str(root))
-    image, _ = loaded.train[0]
-    assert image.shape == (3, 32, 32)
-    assert not torch.equal(image, loaded.train[0][0]), "training images are not augmented"
-    assert torch.equal(loaded.test[0][0], loaded.test[0][0])
+    assert report["parameters"] == 272_474 + 37_632 + (90 * 65 if kind is CIFAR100 else 0)
 
 
 def test_the_imagenet_preset_runs(tmp_path):
@@ -106,7 +111,7 @@ def test_a_run_says_everything(tmp_path):
     assert report["top1"] == report["epochs"][-1]["top1"]
     assert report["peak_bytes"] > 10**7
     assert report["seconds"] > 0
-    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    state = load_file(tmp_path / "model.safetensors")
     assert [k.split(".")[0] for k in state if k.endswith("cell.gates.bias")] == ["layer1", "layer3"]
 
 
@@ -124,46 +129,47 @@ def test_a_resumed_run_ends_with_the_same_numbers(tmp_path):
     run(tmp_path / "parts", "--epochs", "2", "--cell", "lstm", "--milestones", "1", "3")
     parts = run(tmp_path / "parts", "--epochs", "4", "--cell", "lstm", "--milestones", "1", "3", "--resume")
     assert figures(parts) == figures(whole)
-    a, b = (torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("whole", "parts"))
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert same_network(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_resumed_run_repeats_the_augmentation(tmp_path, monkeypatch):
-    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
-    monkeypatch.setattr(CIFAR10, "_load_meta", lambda self: setattr(self, "classes", [str(i) for i in range(10)]))
-    common = ["--dataset", "cifar10", "--data", str(cifar_files(tmp_path / "data", CIFAR10))]
-    whole = run(tmp_path / "whole", *common, "--epochs", "2")
-    run(tmp_path / "parts", *common, "--epochs", "1")
+def test_a_resumed_run_repeats_the_augmentation(tmp_path, fake_cifar):
+    common = ["--dataset", "cifar10", "--data", str(cifar_files(tmp_path / "data", CIFAR10)), "--recipe", "short"]
+    common += ["--batch", "32", "--epochs", "2"]
+    whole = run(tmp_path / "whole", *common)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Run, "save", stops_after_one_epoch)
+        assert train.main([*TINY, "--out", str(tmp_path / "parts"), *common]) == 130
     torch.rand(7)
-    assert figures(run(tmp_path / "parts", *common, "--epochs", "2", "--resume")) == figures(whole)
+    parts = run(tmp_path / "parts", *common, "--resume")
+    assert figures(parts) == figures(whole)
+    assert same_network(tmp_path / "whole", tmp_path / "parts")
+
+
+def stops_after_one_epoch(self, path, save=loop.Run.save):
+    save(self, path)
+    if self.history:
+        raise KeyboardInterrupt
+
+
+def same_network(*folders):
+    a, b = (load_file(folder / "model.safetensors") for folder in folders)
+    return all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_every_epoch_has_an_order_of_its_own():
-    options = Options(seed=3)
-    batches, _ = train.loaders(data.load("digits"), options, options.plan(), train.Place(0, 1, torch.device("cpu")))
+    options = Options(seed=3, subset=64)
+    made = batches.training(data.load("digits", subset=64), options, HERE)
 
     def order(epoch):
-        batches.sampler.set_epoch(epoch)
-        return list(batches.sampler)
+        made.epoch = epoch
+        return made.order().tolist()
 
     assert order(0) == order(0) != order(1)
-    seen = []
-    batches.sampler.set_epoch = seen.append
-    model = train.build(options, data.load("digits", subset=64))
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1])
-    short = [next(iter(batches))]
-    loader = type("Loader", (list,), {"sampler": batches.sampler})(short)
-    for number in (4, 5):
-        train.epoch(
-            train.Run(model, optimizer, schedule, []),
-            model,
-            loader,
-            options,
-            train.Place(0, 1, torch.device("cpu")),
-            number,
-        )
-    assert seen == [4, 5]
+    assert sorted(order(1)) == list(range(64))
+    model = networks.build(options, data.load("digits"))
+    state = loop.Run(model, torch.optim.SGD(model.parameters(), 0.1), [])
+    loop.epoch(state, model, made, loop.Job(options, options.plan(), HERE, Path()), 4)
+    assert made.epoch == 4
 
 
 def started(folder, *arguments):
@@ -228,7 +234,7 @@ def test_two_processes_train_on_the_recipes_batch(tmp_path):
     assert report["machine"]["processes"] == 2
     assert report["recipe"]["batch"] == 32
     assert len(report["epochs"]) == 2
-    assert not [key for key in torch.load(tmp_path / "model.pt", weights_only=True) if key.startswith("module.")]
+    assert not [key for key in load_file(tmp_path / "model.safetensors") if key.startswith("module.")]
 
 
 def test_options_of_speed_run(tmp_path):
@@ -238,11 +244,15 @@ def test_options_of_speed_run(tmp_path):
 
 def test_starting_from_weights_is_the_identity_start(tmp_path):
     plain = run(tmp_path / "plain", "--epochs", "2")
-    options = options_of(["--cell", "lstm", "--weights", str(tmp_path / "plain" / "model.pt"), "--subset", "64"])
-    model = train.build(options, data.load("digits")).eval()
-    loader = torch.utils.data.DataLoader(data.load("digits").test, 256)
-    at = train.Place(0, 1, torch.device("cpu"))
-    assert train.accuracy(model, loader, options, at) == (plain["top1"], plain["top5"])
+    options = options_of(
+        ["--cell", "lstm", "--weights", str(tmp_path / "plain" / "model.safetensors"), "--subset", "64"]
+    )
+    model = networks.build(options, data.load("digits")).eval()
+    tests = batches.testing(data.load("digits"), options, HERE)
+    assert loop.accuracy(model, tests, loop.Job(options, options.plan(), HERE, tmp_path)) == (
+        plain["top1"],
+        plain["top5"],
+    )
 
 
 def says(capsys, *arguments):
@@ -277,9 +287,9 @@ def test_errors_are_one_line(arguments, word, capsys, tmp_path):
 
 
 def test_subsets_are_balanced_and_seeded():
-    labels = [label for _, label in data.load("digits", subset=95, seed=3).train]
-    counts = torch.bincount(torch.tensor(labels), minlength=10)
+    counts = torch.bincount(data.load("digits", subset=95, seed=3).train.labels, minlength=10)
     assert counts.sum() == 95
     assert counts.max() - counts.min() == 1
-    a, b, c = (data.load("digits", subset=50, seed=seed).train.indices for seed in (0, 0, 1))
-    assert a == b != c
+    a, b, c = (data.load("digits", subset=50, seed=seed).train.pixels for seed in (0, 0, 1))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
-from data import NAMES
+from .data import NAMES
 
 DEPTHS = (20, 32, 44, 56, 110)
 CIFAR_MODELS = tuple(f"{kind}resnet{depth}" for kind in ("", "se_") for depth in DEPTHS)
@@ -14,30 +15,47 @@ CIFAR_MODELS = tuple(f"{kind}resnet{depth}" for kind in ("", "se_") for depth in
 
 @dataclass(frozen=True)
 class Recipe:
-    """SGD with momentum; the rate falls to a tenth at each milestone. `batch` is that of all processes."""
+    """SGD with momentum; `batch` is that of all processes.
+
+    The rate falls to a tenth at each milestone. With `rise`, there is one cycle instead: up to `rate` in that share of
+    the training, in a straight line, and down to zero in the rest.
+    """
 
     rate: float
     batch: int
     epochs: int
-    milestones: tuple[int, ...]
+    milestones: tuple[int, ...] = ()
     momentum: float = 0.9
     decay: float = 1e-4
+    nesterov: bool = False
+    rise: float = 0.0
+
+    def rate_at(self, epoch: float) -> float:
+        """Return the learning rate after so many epochs: no state, so a run that goes on finds it again."""
+        if not self.rise:
+            return self.rate * 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
+        done = epoch / self.epochs
+        return self.rate * min(done / self.rise, (1 - done) / (1 - self.rise))
 
 
+PAPER = Recipe(0.1, 64, 150, (80,))  # arXiv 2101.00590, section IV-A
 RECIPES = {
-    "cifar": Recipe(0.1, 64, 150, (80,)),  # arXiv 2101.00590, section IV-A
+    "paper": PAPER,
+    "short": Recipe(0.2, 128, 10, decay=5e-4, nesterov=True, rise=0.25),
     "imagenet": Recipe(0.06, 128, 90, (50, 70)),  # section IV-B
     "digits": Recipe(0.1, 32, 40, (25, 35)),
 }
-_RECIPE_OF = {"digits": "digits", "cifar10": "cifar", "cifar100": "cifar", "imagefolder": "imagenet"}
+_RECIPE_OF = {"digits": "digits", "imagefolder": "imagenet"}
 
 
 @dataclass(frozen=True)
 class Options:
-    """Everything that decides a run's numbers, and how it is run. The defaults of the recipe are None."""
+    """Everything that decides a run's numbers, and how it is run. What is None is left to the recipe."""
 
     dataset: str = "digits"
     data: str | None = None
+    cache: str | None = None
+    like: str | None = None
     subset: int | None = None
     size: int = 224
     model: str = "resnet20"
@@ -45,6 +63,8 @@ class Options:
     shortcut: str = "B"
     pretrained: bool = False
     weights: str | None = None
+    new_head: bool = False
+    frozen: bool = False
     cell: str = "none"
     kernel: str = "light"
     fusion: str = "paper"
@@ -66,31 +86,43 @@ class Options:
     quiet: bool = False
 
     def plan(self) -> Recipe:
-        """The recipe with what was asked for put over it."""
-        base = RECIPES[self.recipe or _RECIPE_OF[self.dataset]]
+        """Return the recipe with what was asked for put over it."""
+        base = RECIPES[self.recipe or _RECIPE_OF.get(self.dataset, "paper")]
         asked = {name: getattr(self, name) for name in ("epochs", "rate", "batch", "milestones")}
-        return Recipe(**{**asdict(base), **{name: value for name, value in asked.items() if value is not None}})
+        return replace(base, **{name: value for name, value in asked.items() if value is not None})
+
+    def deciding(self) -> dict[str, Any]:
+        """Return what decides the numbers, without where things lie and how much is said."""
+        return {name: value for name, value in asdict(self).items() if name not in _PRIVATE}
+
+
+# Where things lie, what is said, and what changes no number.
+_PRIVATE = {"data", "cache", "out", "weights", "quiet", "resume", "workers"}
 
 
 def parser(text: str | None) -> argparse.ArgumentParser:
-    """The command line; each option is a field of `Options`."""
+    """Return the command line; each option is a field of `Options`."""
     made = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = made.add_argument
     add("--dataset", choices=NAMES, help="digits come with scikit-learn")
     add("--data", help="folder of the data")
+    add("--cache", help="folder where CIFAR and Fashion-MNIST are kept as arrays, by default that of the data")
+    add("--like", choices=("cifar10",), help="give grey images three channels and a margin, as CIFAR-10 has them")
     add("--subset", type=int, help="train on so many images, balanced over the classes")
     add("--size", type=int, help="of the images of an image folder, in pixels")
     add("--model", help=f"{', '.join(CIFAR_MODELS[:3])}, ..., se_resnet20, ..., or timm/NAME")
     add("--width", type=int, help="channels of the first stage of a CIFAR network")
     add("--shortcut", choices=("A", "B"), help="of a CIFAR network: zero padding, or 1x1 convolutions")
     add("--pretrained", action="store_true", help="timm's weights")
-    add("--weights", help="model.pt of a plain run to start from")
+    add("--weights", help="model.safetensors of a plain run to start from")
+    add("--new-head", action="store_true", help="do not take the last layer from --weights")
+    add("--frozen", action="store_true", help="train the regulators alone")
     add("--cell", choices=("none", "rnn", "gru", "lstm"))
     add("--kernel", choices=("light", "dense"))
     add("--fusion", choices=("paper", "residual"))
     add("--init", choices=("identity", "unit", "random"), help="random from scratch, else identity")
     add("--stages", nargs="+", help="names or indices, which start at 0: the paper's RegNet(1) is --stages 0")
-    add("--recipe", choices=tuple(RECIPES), help="by default that of the data set")
+    add("--recipe", choices=tuple(RECIPES), help="paper, or that of the data set; short: one cycle of 10 epochs")
     add("--epochs", type=int)
     add("--rate", type=float, help="learning rate")
     add("--batch", type=int, help="of all processes together")
@@ -108,7 +140,7 @@ def parser(text: str | None) -> argparse.ArgumentParser:
 
 
 def options_of(arguments: Sequence[str] | None = None, text: str | None = None) -> Options:
-    """Options from a command line; what it does not name keeps its default. `text` is shown by --help."""
+    """Return the options of a command line; what it does not name keeps its default. `text` is shown by --help."""
     made = parser(text)
     made.set_defaults(**{field.name: field.default for field in fields(Options)})
     values = vars(made.parse_args(arguments))
@@ -118,6 +150,6 @@ def options_of(arguments: Sequence[str] | None = None, text: str | None = None) 
         values["milestones"] = tuple(values["milestones"])
     if values["model"] not in CIFAR_MODELS and not values["model"].startswith("timm/"):
         made.error(f"--model takes one of {', '.join(CIFAR_MODELS)}, or timm/NAME; got {values['model']!r}")
-    if values["cell"] == "none" and (values["stages"] or values["init"]):
-        made.error("--stages and --init are options of a regulator; give a --cell")
+    if values["cell"] == "none" and (values["stages"] or values["init"] or values["frozen"]):
+        made.error("--stages, --init and --frozen are options of a regulator; give a --cell")
     return Options(**values)

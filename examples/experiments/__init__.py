@@ -1,0 +1,1 @@
+"""Paired experiments with regulators: data, one training loop, registered jobs, tables."""

@@ -1,0 +1,229 @@
+"""The training loop of every script: epochs, checkpoints, a report."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from regulate.archive import replaced
+from regulate.watch import GradientWatch
+
+from . import batches, record
+from .data import load
+from .networks import build
+from .options import Options, Recipe
+from .place import Place, place
+
+CHECKED_EVERY = 50  # steps; on a GPU each look at the loss waits for it
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message is all that a user needs."""
+
+
+@dataclass
+class Run:
+    """The state of a run, all that a checkpoint holds."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    history: list[dict[str, float]]
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint, wholly or not at all."""
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer")}
+        with replaced(path) as temporary:
+            torch.save({**parts, "history": self.history}, temporary)
+
+    def load(self, path: Path) -> None:
+        """Go on where the checkpoint was written."""
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        for name in ("model", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.history[:] = state["history"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What does not change during a run."""
+
+    options: Options
+    recipe: Recipe
+    at: Place
+    out: Path
+
+    def input(self, images: Tensor) -> Tensor:
+        """Return images in the layout of the network's weights."""
+        layout = torch.channels_last if self.options.channels_last else torch.contiguous_format
+        return images.contiguous(memory_format=layout)
+
+    def autocast(self) -> torch.autocast:
+        """Return the context of the forward pass."""
+        return torch.autocast(self.at.device.type, torch.bfloat16, enabled=self.options.amp)
+
+
+@dataclass
+class Clock:
+    """Seconds of an epoch, on the wall and of the processor.
+
+    They count from the end of the first step, in which kernels may be compiled, and are scaled to all steps.
+    """
+
+    began: tuple[float, float] = (0.0, 0.0)
+
+    def first_step_done(self) -> None:
+        """Begin to count."""
+        self.began = (time.perf_counter(), time.process_time())
+
+    def read(self, steps: int) -> dict[str, float]:
+        """Return the seconds of an epoch of so many steps; of a single step they cannot be told."""
+        scale = steps / (steps - 1) if steps > 1 else 0.0
+        wall, processor = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
+        return {"seconds": wall * scale, "processor_seconds": processor * scale}
+
+
+def epoch(run: Run, network: nn.Module, train: Any, job: Job, number: int) -> dict[str, float]:
+    """Train for one epoch. Return loss and accuracy on this process's training images as they went by, and seconds."""
+    network.train()
+    train.epoch = number
+    # For dropout and drop path; order and crops have generators of their own.
+    torch.manual_seed(job.options.seed * 1_000_003 + number * 1_009 + job.at.rank)
+    sums = torch.zeros(2, dtype=torch.float64, device=job.at.device)
+    count, clock = 0, Clock()
+    silent = job.options.quiet or job.at.rank > 0 or not sys.stdout.isatty()
+    for step, (images, labels) in enumerate(tqdm(train, f"epoch {number + 1}", leave=False, disable=silent)):
+        for group in run.optimizer.param_groups:
+            group["lr"] = job.recipe.rate_at(number + (step + 0.5) / len(train))
+        with job.autocast():
+            logits = network(job.input(images))
+            loss = F.cross_entropy(logits, labels)
+        run.optimizer.zero_grad()
+        loss.backward()
+        run.optimizer.step()
+        sums += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
+        count += len(labels)
+        if (step + 1) % CHECKED_EVERY == 0 or step + 1 == len(train):
+            _check_finite(sums[0].item(), number, step)
+        if step == 0:
+            clock.first_step_done()
+    loss_sum, hits = sums.tolist()
+    return {"loss": loss_sum / count, "train_top1": 100 * hits / count, **clock.read(len(train))}
+
+
+def _check_finite(total: float, number: int, step: int) -> None:
+    if not math.isfinite(total):
+        raise TrainingError(
+            f"the loss is {total} in epoch {number + 1}, by step {step + 1}; lower --rate, or leave --amp out; "
+            "the last checkpoint is as it was"
+        )
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, test: Iterable[tuple[Tensor, Tensor]], job: Job) -> tuple[float, float]:
+    """Return top-1 and top-5 accuracy on the test images, in per cent."""
+    network.eval()
+    hits = torch.zeros(2)
+    count = 0
+    for images, labels in test:
+        with job.autocast():
+            logits = network(job.input(images.to(job.at.device))).float()
+        ranked = logits.topk(min(5, logits.shape[1])).indices
+        right = ranked == labels.to(job.at.device)[:, None]
+        hits += torch.stack([right[:, 0].sum(), right.sum()]).cpu()
+        count += len(labels)
+    top1, top5 = (100 * hits / count).tolist()
+    return top1, top5
+
+
+def train(options: Options) -> dict[str, Any]:
+    """Carry a run out. Return what `run.json` holds."""
+    with place(options.device) as at:
+        return _train(Job(options, options.plan(), at, Path(options.out)))
+
+
+def _train(job: Job) -> dict[str, Any]:
+    options, recipe, at = job.options, job.recipe, job.at
+    data = load(options.dataset, options.data, options.subset, options.seed, options.size, options.cache, options.like)
+    train_batches, test_batches = batches.training(data, options, at), batches.testing(data, options, at)
+    model = build(options, data).to(at.device)
+    if options.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    run = Run(model, _optimizer(model, recipe), [])
+    job.out.mkdir(parents=True, exist_ok=True)
+    if options.resume and (job.out / "checkpoint.pt").exists():
+        run.load(job.out / "checkpoint.pt")
+    elif at.rank == 0:
+        run.save(job.out / "checkpoint.pt")
+    network = _prepared(model, job)
+    for number in range(len(run.history), recipe.epochs):
+        _one_epoch(run, network, train_batches, test_batches, job, number)
+    report = _report(run, job)
+    if at.rank == 0:
+        _write(report, model, job.out)
+    return report
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.SGD(trained, recipe.rate, recipe.momentum, weight_decay=recipe.decay, nesterov=recipe.nesterov)
+
+
+def _prepared(model: nn.Module, job: Job) -> nn.Module:
+    """Compiled, in parallel, watched: as asked."""
+    network: nn.Module = torch.compile(model) if job.options.compile else model  # type: ignore[assignment]
+    if job.at.world > 1:
+        ids = [job.at.device.index] if job.at.device.type == "cuda" else None
+        network = nn.parallel.DistributedDataParallel(network, device_ids=ids)
+    if job.options.cell != "none" and not job.options.compile:
+        GradientWatch(model)
+    return network
+
+
+def _one_epoch(run: Run, network: nn.Module, train_batches: Any, test_batches: Any, job: Job, number: int) -> None:
+    entry = epoch(run, network, train_batches, job, number)
+    top1, top5 = accuracy(run.model, test_batches, job)
+    run.history.append({**entry, "top1": top1, "top5": top5})
+    if job.at.rank == 0:
+        run.save(job.out / "checkpoint.pt")
+        if not job.options.quiet:
+            print(
+                f"epoch {number + 1:>3}  loss {entry['loss']:.4f}  training {entry['train_top1']:.2f}%  "
+                f"top-1 {top1:.2f}%  top-5 {top5:.2f}%  {entry['seconds']:.1f} s",
+                flush=True,
+            )
+
+
+def _report(run: Run, job: Job) -> dict[str, Any]:
+    return {
+        "options": job.options.deciding(),
+        "recipe": asdict(job.recipe),
+        "versions": record.versions(),
+        "machine": record.machine(job.at),
+        "commit": record.commit(),
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "epochs": run.history,
+        "top1": run.history[-1]["top1"],
+        "top5": run.history[-1]["top5"],
+        **{name: sum(entry[name] for entry in run.history) for name in ("seconds", "processor_seconds")},
+        "peak_bytes": record.peak_bytes(job.at),
+    }
+
+
+def _write(report: dict[str, Any], model: nn.Module, out: Path) -> None:
+    """The network first: a run with a report is finished."""
+    with replaced(out / "model.safetensors") as temporary:
+        save_file({key: value.cpu().contiguous() for key, value in model.state_dict().items()}, temporary)
+    with replaced(out / "run.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
