@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .apply import prepare
 from .config import RegulatorConfig
 from .errors import UnsupportedModelError
+from .freeze import release
 from .guard import MARK, check_regulated, holders, regulators
 from .plan import Plan
 from .planner import draw
@@ -132,7 +133,8 @@ def plan(
 def unregulate(model: nn.Module) -> nn.Module:
     """Takes the regulators out: the original network with its current weights.
 
-    After training, its outputs are those of the fine-tuned backbone alone, not the regulated ones.
+    After training, its outputs are those of the fine-tuned backbone alone, not the regulated ones. What
+    `freeze_backbone` froze is let go.
 
     Args:
         model: a regulated model. In place; parameters, hooks and types are the original objects.
@@ -157,6 +159,7 @@ def unregulate(model: nn.Module) -> nn.Module:
                 f"another tool, such as fully_shard or parametrize, has changed the class of {path or 'the model'} "
                 f"since it was regulated, to {type(holder).__name__}; undo that first"
             )
+    release(model)
     for _, holder in held:
         uninstall(holder)
     return model

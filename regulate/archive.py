@@ -29,7 +29,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], record: M
 
     Raises:
         FileNotFoundError: there is no such folder.
-        CheckpointError: the file could not be written.
+        CheckpointError: the file could not be written, or something else than a file lies at `path`.
     """
     text = json.dumps({"format_version": FORMAT_VERSION, **record})
     with replaced(path) as temporary:
@@ -49,6 +49,11 @@ class replaced:
     def __enter__(self) -> Path:
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"there is no folder {self.path.parent}; create it first")
+        if os.path.lexists(self.path) and not self.path.is_file():
+            raise CheckpointError(
+                f"a file is written over a regular file or where there is none, and {self.path} is {_kind(self.path)}; "
+                "give the path of a file"
+            )
         self.temporary.touch()
         self.mode = self.temporary.stat().st_mode
         return self.temporary
@@ -63,6 +68,10 @@ class replaced:
                     _flush(self.path.parent)
         finally:
             self.temporary.unlink(missing_ok=True)
+
+
+def _kind(path: Path) -> str:
+    return "a folder" if path.is_dir() else "no regular file"
 
 
 def _flush(path: Path) -> None:

@@ -50,8 +50,9 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Any]]) -> nn
         The model.
 
     Raises:
-        CalibrationError: a fusion is trained already, none has a batch norm to calibrate, or there was
-            no data.
+        CalibrationError: a fusion is trained already, none has a batch norm to calibrate, there was no data, or a
+            batch leads to NaN or to moments that the norm's dtype cannot hold. Nothing has changed then.
+        TypeError: a batch is neither a tensor nor a tuple or list that starts with one.
         NotRegulatedError: there are no regulators.
 
     Example:
@@ -72,9 +73,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Any]]) -> nn
             "calibrate goes before training, while the fusion's weight is [I | 0], but it has been trained or was "
             'started at random; call it right after regulate(model, init="identity")'
         )
-    measured = _measured(model, fusions, batches)
-    for fusion, moments in zip(fusions, measured, strict=True):
-        settle(fusion, *moments.result())
+    for fusion, moments in zip(fusions, _measured(model, fusions, batches), strict=True):
+        settle(fusion, *moments)
     return model
 
 
@@ -82,18 +82,55 @@ def _takes_moments(fusion: Fusion) -> bool:
     return not fusion.skip and isinstance(fusion.mix_norm, nn.modules.batchnorm._BatchNorm)
 
 
-def _measured(model: nn.Module, fusions: Sequence[Fusion], batches: Iterable[Tensor | Sequence[Any]]) -> list[_Moments]:
+def _measured(
+    model: nn.Module, fusions: Sequence[Fusion], batches: Iterable[Tensor | Sequence[Any]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Mean and variance for each fusion, as its norm can hold them."""
+    if isinstance(batches, Tensor):
+        raise TypeError("calibrate takes an iterable of batches, got one tensor; pass a list, [images]")
     moments = [_Moments() for _ in fusions]
     handles = [f.register_forward_pre_hook(m) for f, m in zip(fusions, moments, strict=True)]
     device = next(model.parameters()).device
     try:
         with in_mode(model, training=False), torch.no_grad():
-            for batch in batches:
-                x = batch if isinstance(batch, Tensor) else batch[0]
-                model(x.to(device))
+            for index, batch in enumerate(batches):
+                model(_images(batch).to(device))
+                _check_finite(model, fusions, moments, f"batch {index}")
     finally:
         for handle in handles:
             handle.remove()
-    if not all(one.count for one in moments):
+    if not any(one.count for one in moments):
         raise CalibrationError("calibrate measures on data, but got no batch; pass a loader or a list of inputs")
-    return moments
+    missed = [fusion for fusion, one in zip(fusions, moments, strict=True) if not one.count]
+    if missed:
+        raise CalibrationError(
+            f"calibrate measures at every regulated block, and no batch reached {_block(model, missed[0])}; pass "
+            "batches that the whole network runs on"
+        )
+    return [one.result() for one in moments]
+
+
+def _block(model: nn.Module, fusion: nn.Module) -> str:
+    return next(path for path, part in regulators(model) if part is fusion).removesuffix(".regulator")
+
+
+def _images(batch: Tensor | Sequence[Any]) -> Tensor:
+    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(first, Tensor):
+        raise TypeError(
+            "a batch is a tensor of images, or a tuple or list that starts with one, as a loader yields them; got "
+            f"a {type(batch).__name__}; pass (batch['image'] for batch in loader) where a batch is a dict"
+        )
+    return first
+
+
+def _check_finite(model: nn.Module, fusions: Sequence[Fusion], moments: Sequence[_Moments], which: str) -> None:
+    for fusion, one in zip(fusions, moments, strict=True):
+        norm = fusion.mix_norm
+        assert isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_var is not None
+        if one.count and not all(values.to(norm.running_var.dtype).isfinite().all() for values in one.result()):
+            raise CalibrationError(
+                f"calibrate needs finite statistics, and {which} brings NaN, infinity or an overflow into "
+                f"{_block(model, fusion)}; nothing was changed; look at the input, or calibrate in float32 and "
+                "convert afterwards"
+            )

@@ -1,4 +1,4 @@
-"""Freezes the backbone under its regulators: weights and norm statistics."""
+"""Freeze the backbone under its regulators: weights and norm statistics."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ from torch import nn
 
 from .guard import check_regulated, regulators
 
-_TRAINED = "_regulate_trained_before"
+# On each module that owns frozen parameters: their names. On each frozen norm, as before: its mode, its parent's mode,
+# and a `train` of its own on the instance.
+# Not on the model, so that a wrapper, what it holds and a part of that all see the same.
+_PARAMETERS = "_regulate_frozen_parameters"
+_MODES = "_regulate_modes_before"
 
 
 def freeze_backbone(model: nn.Module, frozen: bool = True) -> nn.Module:
-    """Freezes everything that is not a regulator, or lets it go again.
+    """Freeze everything that is not a regulator, or let it go again.
 
     Frozen parameters get no gradient; frozen norms stay in eval mode, also after `model.train()`, so that
-    their running statistics do not move. Names, types and values stay.
+    their running statistics do not move. Names, types and values stay. Calling it again freezes what can
+    be trained since. `unregulate` lets everything go.
 
     Args:
-        model: a regulated model. In place.
-        frozen: `False` undoes an earlier call: parameters that could be trained before can be again.
+        model: a regulated model, or a wrapper around one. In place.
+        frozen: `False` undoes earlier calls: parameters that could be trained before can be again, and norms
+            run in the mode that they had, or in that which the model was put into since.
 
     Returns:
         The model.
@@ -35,37 +41,51 @@ def freeze_backbone(model: nn.Module, frozen: bool = True) -> nn.Module:
         (False, False, True)
     """
     check_regulated(model)
-    new = {id(part) for _, regulator in regulators(model) for part in regulator.modules()}
-    norms = [m for m in model.modules() if id(m) not in new and m._buffers.get("running_mean") is not None]
     if frozen:
-        _freeze(model, norms, {id(p) for _, regulator in regulators(model) for p in regulator.parameters()})
+        _freeze(model)
     else:
-        _release(model, norms)
+        release(model)
     return model
 
 
-def _freeze(model: nn.Module, norms: list[nn.Module], new: set[int]) -> None:
-    if _TRAINED in vars(model):
-        return
-    old = {name: p for name, p in model.named_parameters() if id(p) not in new}
-    vars(model)[_TRAINED] = tuple(name for name, p in old.items() if p.requires_grad)
-    for parameter in old.values():
-        parameter.requires_grad_(False)
-    for norm in norms:
-        norm.eval()
-        # On the instance, so that the type stays; a partial, so that copies are bound to the copied norm.
-        vars(norm)["train"] = partial(_stay, norm)
+def release(model: nn.Module) -> None:
+    """Undo `freeze_backbone` in a model or a part of one; without an earlier call nothing happens."""
+    for module in model.modules():
+        for name in vars(module).pop(_PARAMETERS, ()):
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                parameter.requires_grad_(True)
+    for norm, parent in _with_parents(model):
+        before = vars(norm).pop(_MODES, None)
+        if before is not None:
+            own, around, method = before
+            vars(norm).pop("train", None)
+            if method is not None:
+                vars(norm)["train"] = method
+            norm.train(own if parent.training == around else parent.training)
 
 
-def _release(model: nn.Module, norms: list[nn.Module]) -> None:
-    names = vars(model).pop(_TRAINED, ())
-    parameters = dict(model.named_parameters())
-    for name in names:
-        if name in parameters:
-            parameters[name].requires_grad_(True)
-    for norm in norms:
-        if vars(norm).pop("train", None) is not None:
-            norm.train(model.training)
+def _freeze(model: nn.Module) -> None:
+    added = [module for _, regulator in regulators(model) for module in regulator.modules()]
+    new, trained = {id(m) for m in added}, {id(p) for m in added for p in m.parameters(recurse=False)}
+    for module in model.modules():
+        names = [n for n, p in module._parameters.items() if p is not None and p.requires_grad and id(p) not in trained]
+        if names:
+            vars(module)[_PARAMETERS] = tuple(dict.fromkeys((*vars(module).get(_PARAMETERS, ()), *names)))
+        for name in names:
+            module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
+    for norm, parent in _with_parents(model):
+        if id(norm) not in new and norm._buffers.get("running_mean") is not None and _MODES not in vars(norm):
+            vars(norm)[_MODES] = (norm.training, parent.training, vars(norm).get("train"))
+            norm.eval()
+            # On the instance, so that the type stays; a partial, so that copies are bound to the copied norm.
+            vars(norm)["train"] = partial(_stay, norm)
+
+
+def _with_parents(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """Return each module once, beside the one that holds it."""
+    held = [(child, module) for module in model.modules() for child in module.children()]
+    return [(model, model), *{id(child): (child, parent) for child, parent in held}.values()]
 
 
 def _stay(norm: nn.Module, mode: bool = True) -> nn.Module:

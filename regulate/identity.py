@@ -1,5 +1,7 @@
 """The start: a fusion that computes what was there before, in eval mode exactly, in train mode nearly.
 
+Exactly means bit by bit, on the CPU, in float32 and float64; half types round once more per fusion.
+
 With the weight `[I | 0]` the hidden state contributes nothing yet, and with running mean m, running
 variance v, weight sqrt(v + eps) and bias m a batch norm is the identity in eval mode. In train mode it
 normalises by the batch's statistics instead, and stays nearly the identity if m and v are the true

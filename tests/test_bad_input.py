@@ -152,6 +152,28 @@ def test_calibrate_refuses_what_it_cannot_do():
             calibrate(model, [torch.randn(1, 3, 32, 32)])
 
 
+@pytest.mark.parametrize(
+    ("batches", "error", "says"),
+    [
+        (lambda: [torch.randn(1, 3, 32, 32), torch.full((1, 3, 32, 32), torch.nan)], CalibrationError, "batch 1"),
+        (lambda: [torch.full((2, 3, 32, 32), torch.inf)], CalibrationError, r"into layer1\.0; nothing was changed"),
+        (lambda: [torch.full((2, 3, 32, 32), 1e30)], CalibrationError, "an overflow"),
+        (lambda: torch.randn(2, 3, 32, 32), TypeError, r"pass a list, \[images\]"),
+        (lambda: [{"image": torch.randn(2, 3, 32, 32)}], TypeError, "got a dict; pass"),
+        (lambda: [()], TypeError, "starts with one"),
+    ],
+)
+def test_calibrate_changes_nothing_where_it_fails(batches, error, says):
+    model = regulate(cifar_resnet(14)).train()
+    before = copy.deepcopy(model.state_dict())
+    attributes = {name: dict(vars(m)) for name, m in model.named_modules()}
+    with pytest.raises(error, match=says):
+        calibrate(model, batches())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert attributes == {name: dict(vars(m)) for name, m in model.named_modules()}
+    assert all(m.training and not m._forward_pre_hooks for m in model.modules())
+
+
 def test_a_model_on_the_meta_device_works():
     with torch.device("meta"):
         model = create_model("resnet18")

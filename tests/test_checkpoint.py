@@ -290,6 +290,24 @@ def test_a_link_stays_a_link_and_the_mode_is_a_new_files(tmp_path):
     assert real.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        ("a folder", Path.mkdir),
+        ("no regular file", os.mkfifo),
+        ("no regular file", lambda path: path.symlink_to(path)),
+        ("no regular file", lambda path: (os.mkfifo(path.parent / "pipe"), path.symlink_to(path.parent / "pipe"))),
+    ],
+    ids=["folder", "pipe", "loop", "link to a pipe"],
+)
+def test_save_takes_the_place_of_regular_files_only(kind, make, tmp_path):
+    make(tmp_path / "a")
+    before = {path.name: path.lstat().st_mode for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match=f"is {kind}; give the path of a file"):
+        save(regulate(load_model("cifar/14")), tmp_path / "a")
+    assert {path.name: path.lstat().st_mode for path in tmp_path.iterdir()} == before
+
+
 def test_the_file_holds_no_absolute_path(good):
     header = good.read_bytes()[: 8 + struct.unpack("<Q", good.read_bytes()[:8])[0]]
     assert os.fsencode(Path.cwd()) not in header

@@ -52,11 +52,18 @@ def test_eval_outputs_are_the_originals(name):
             assert all(distance(y, regulated(x)) < 1e-5 for x, y in zip(images, expected, strict=True))
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [
+        (torch.float32, torch.contiguous_format),
+        (torch.float32, torch.channels_last),
+        (torch.float64, torch.contiguous_format),
+    ],
+)
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "resnet26t", "res2net50_26w_4s", "dpn48b", "efficientnet_b0"])
-def test_eval_outputs_are_bit_identical_on_the_cpu(name, layout):
-    model = network(name).to(memory_format=layout)
-    x = torch.randn(2, 3, 97, 131).to(memory_format=layout)
+def test_eval_outputs_are_bit_identical_on_the_cpu(name, dtype, layout):
+    model = network(name).to(dtype, memory_format=layout)
+    x = torch.randn(2, 3, 97, 131).to(dtype, memory_format=layout)
     with torch.no_grad():
         assert torch.equal(model(x), regulate(model)(x))
 

@@ -1,0 +1,113 @@
+"""freeze_backbone: undone by itself and by unregulate, through wrappers and on parts, as often as one likes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from timm import create_model
+from torch import nn
+
+from regulate import NotRegulatedError, freeze_backbone, regulate, regulator_parameters, unregulate
+from regulate.models import cifar_resnet
+
+
+def state_of(model):
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    return flags, {name: (m.training, set(vars(m))) for name, m in model.named_modules()}
+
+
+def trained(model):
+    return {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def some_of_everything():
+    """A network with a frozen weight and a norm in a mode of its own."""
+    model = cifar_resnet(14).train()
+    model.fc.weight.requires_grad_(False)
+    model.layer2[0].bn1.eval()
+    return model
+
+
+def test_unregulate_undoes_it():
+    model = some_of_everything()
+    before = state_of(model)
+    regulated = regulate(model, inplace=True)
+    freeze_backbone(regulated)
+    assert trained(regulated) == {id(p) for p in regulator_parameters(regulated)}
+    assert state_of(unregulate(regulated)) == before
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, lambda m: nn.DataParallel(nn.DataParallel(m))])
+@pytest.mark.parametrize(("outer", "inner"), [(True, False), (False, True), (True, True)])
+def test_a_wrapper_and_what_it_holds_are_the_same(wrap, outer, inner):
+    model = regulate(some_of_everything())
+    wrapped = wrap(model)
+    before = state_of(model)
+    freeze_backbone(wrapped if outer else model)
+    frozen = state_of(model)
+    freeze_backbone(model if outer else wrapped)
+    assert state_of(model) == frozen
+    assert trained(model) == {id(p) for p in regulator_parameters(model)}
+    freeze_backbone(wrapped if inner else model, False)
+    assert state_of(model) == before
+    freeze_backbone(wrapped, False)
+    assert state_of(model) == before
+
+
+def test_a_second_call_freezes_what_was_unfrozen():
+    model = regulate(create_model("resnet18")).train()
+    before = state_of(model)
+    freeze_backbone(model)
+    frozen = state_of(model)
+    model.layer4.requires_grad_(True)
+    model.layer3[0].bn1.bias.requires_grad_(True)
+    model.layer4[0].regulator.requires_grad_(False)
+    model.fc = nn.Linear(512, 3)
+    freeze_backbone(model)
+    assert not model.layer4[1].conv1.weight.requires_grad
+    assert not model.fc.weight.requires_grad
+    assert not model.layer4[0].regulator.mix.weight.requires_grad
+    model.layer4[0].regulator.requires_grad_(True)
+    assert state_of(model)[0] == frozen[0]
+    freeze_backbone(model, False)
+    assert state_of(model) == before
+
+
+def test_norms_follow_the_mode_that_the_model_was_put_into():
+    for first, then in ((True, False), (False, True)):
+        model = freeze_backbone(regulate(cifar_resnet(14)).train(first))
+        model.train(then)
+        assert not model.bn1.training
+        freeze_backbone(model, False)
+        assert model.bn1.training == then
+
+
+def test_a_norm_with_a_method_of_its_own_gets_it_back():
+    model = regulate(cifar_resnet(14))
+    calls = []
+    vars(model.bn1)["train"] = method = lambda mode=True: calls.append(mode)
+    freeze_backbone(model)
+    model.train()
+    assert vars(model.bn1)["train"] is not method
+    freeze_backbone(model, False)
+    assert vars(model.bn1)["train"] is method
+
+
+def test_copies_of_a_frozen_network_are_let_go_on_their_own():
+    model = freeze_backbone(regulate(cifar_resnet(14)))
+    other = copy.deepcopy(model)
+    unregulate(other)
+    assert other.conv1.weight.requires_grad
+    assert not model.conv1.weight.requires_grad
+    assert model.train().bn1.training is False
+
+
+def test_a_network_without_regulators_is_refused_and_left_alone():
+    model = cifar_resnet(14)
+    before = state_of(model)
+    for frozen in (True, False):
+        with pytest.raises(NotRegulatedError, match=r"call regulate\(model\) first"):
+            freeze_backbone(model, frozen)
+    assert state_of(model) == before
