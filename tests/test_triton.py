@@ -27,7 +27,7 @@ def test_values_and_gradients_in_the_interpreter(cell):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     cases = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(cases) == 6
+    assert len(cases) == 7
     assert all(error <= tolerance for *_, error, tolerance in cases), cases
 
 

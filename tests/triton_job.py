@@ -27,8 +27,8 @@ def case(cell: str, shape: tuple[int, ...], last: bool, dtype: torch.dtype) -> l
     return [*maps, torch.randn(rows, 2, 1, 1), torch.randn(rows, 1, 3, 3) / 3, torch.randn(rows)]
 
 
-def worst(cell: str, tensors: list[torch.Tensor], zeros: bool) -> float:
-    """The largest error of a state or gradient, relative to its largest value; inf for a wrong shape or type."""
+def both(cell: str, tensors: list[torch.Tensor], zeros: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The new state and the gradients by the kernels, and by the equations in double."""
     x, h, c, dh, dc, *weights = tensors
     state = [None, None] if zeros else [h, c if cell == "lstm" else None]
     found = [
@@ -42,14 +42,29 @@ def worst(cell: str, tensors: list[torch.Tensor], zeros: bool) -> float:
     with torch.no_grad():
         new = [*reference(cell, inputs[0], old, *inputs[3:]), None][:2]
     expected = [*new, *differentiable(cell, tuple(inputs), (exact[6], exact[7] if cell == "lstm" else None))]
+    pairs = [(a, b.detach()) for a, b in zip(found, expected, strict=True) if b is not None]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def worst(cell: str, tensors: list[torch.Tensor], zeros: bool) -> float:
+    """The largest error of a state or gradient, relative to its largest value; inf for a wrong shape or type."""
     errors = [0.0]
-    for a, b in zip(found, expected, strict=True):
-        if b is None:
-            continue
-        right = a.shape == b.shape and a.dtype in (x.dtype, torch.float32)
-        b = b.detach()
+    for a, b in zip(*both(cell, tensors, zeros), strict=True):
+        right = a.shape == b.shape and a.dtype in (tensors[0].dtype, torch.float32)
         errors.append(((a.double().cpu() - b).abs().max() / b.abs().max()).item() if right else float("inf"))
     return max(errors)
+
+
+def strayed(cell: str) -> int:
+    """How many numbers are not finite where the equations' are, with NaN in the corner of an input and a gradient."""
+    count = 0
+    for k in (0, 3):
+        tensors = case(cell, (2, 2, 3, 4), False, torch.float32)
+        tensors[k][0, 0, 0, 0] = float("nan")
+        found, expected = both(cell, tensors, False)
+        count += sum(int((b.isfinite() & ~a.isfinite()).sum()) for a, b in zip(found, expected, strict=True))
+        assert not all(b.isfinite().all() for b in expected)
+    return count
 
 
 def main(cells: list[str]) -> None:
@@ -63,6 +78,8 @@ def main(cells: list[str]) -> None:
     for cell, dtype in itertools.product(cells, (torch.bfloat16, torch.float16)):
         error = worst(cell, case(cell, (1, 2, 4, 3), False, dtype), False)
         print(json.dumps([cell, False, False, str(dtype), error, FLOATS[dtype]]), flush=True)
+    for cell in cells:
+        print(json.dumps([cell, "not finite", strayed(cell), 0]), flush=True)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ INLINE void activate(const float* m, float* to, const Gate& gate, const Plane& p
 }
 
 // From dg, the gradient of a gate before its activation, to those of its parameters, of x and of h (or of r.h).
-// dg is zero on the border, so what x and h have there does not count.
+// dg must be zero on the border. That of the state is, but what it is multiplied by may be NaN there: a gate on the
+// border sees the pixels beside it, and on its other side is the next row, or another image. Hence the mask.
 template <bool FIRST>
 void back(const float* m, const float* dg, const float* x, const float* h, float* dx, float* dh, const Gate& gate,
           Gate& grad, const Plane& p, Span at) {
@@ -84,12 +85,14 @@ struct Maps {
   float *new_h, *new_c, *dx, *dh_old, *dc_old;
 };
 
-enum { X, H, C, DH, DC, DX, DHO, RH, MIX, ACT = MIX + 4, BUFFERS = ACT + 4 };
+enum { X, H, C, DH, DC, DX, DHO, RH, MASK, MIX, ACT = MIX + 4, BUFFERS = ACT + 4 };
 
 struct Scratch {
   std::unique_ptr<float[]> memory;
   int64_t size;
-  explicit Scratch(const Plane& p) : memory(new float[BUFFERS * p.size]()), size(p.size) {}
+  Scratch(const Shape& shape, const Plane& p) : memory(new float[BUFFERS * p.size]()), size(p.size) {
+    for (int64_t i = 0; i < p.stack; ++i) Window(shape, p, 0, 0).mask((*this)[MASK], i);
+  }
   float* operator[](int i) { return memory.get() + i * size; }
 };
 
@@ -115,11 +118,13 @@ void backward_rnn(Scratch& s, const Gate* gate, Gate* grad, const Plane& p) {
 
 // r, z and r.H, and the candidate: in two passes over the whole plane, as the second convolution reads r.H.
 void gru_gates(Scratch& s, float* r, float* z, float* n, const Gate* gate, const Plane& p) {
+  const float* mask = s[MASK];
   tiles(p, [&](Span here, Span ahead, Span) {
     for (int k = 0; k < 2; ++k) mix(s[X], s[H], s[MIX + k], gate[k], ahead);
     activate(s[MIX], r, gate[0], p, here, sigmoid);
     activate(s[MIX + 1], z, gate[1], p, here, sigmoid);
-    for (int64_t i = here.begin; i < here.end; i += LANES) store(s[RH] + i, load(r + i) * load(s[H] + i));
+    for (int64_t i = here.begin; i < here.end; i += LANES)
+      store(s[RH] + i, masked(load(r + i) * load(s[H] + i), mask + i));
   });
   tiles(p, [&](Span here, Span ahead, Span) {
     mix(s[X], s[RH], s[MIX + 2], gate[2], ahead);
@@ -138,19 +143,20 @@ void forward_gru(Scratch& s, const Gate* gate, const Plane& p) {
 
 void backward_gru(Scratch& s, const Gate* gate, Gate* grad, const Plane& p) {
   float *r = s[ACT], *z = s[ACT + 1], *n = s[ACT + 2], *drh = s[ACT + 3];
+  const float* mask = s[MASK];
   const Span all = {p.begin, p.end};
   gru_gates(s, r, z, n, gate, p);
   for (int64_t i = p.begin; i < p.end; i += LANES) {
     vec d = load(s[DH] + i), update = load(z + i), candidate = load(n + i);
-    store(n + i, d * update * (1.0f - candidate * candidate));
-    store(z + i, d * (candidate - load(s[H] + i)) * update * (1.0f - update));
+    store(n + i, masked(d * update * (1.0f - candidate * candidate), mask + i));
+    store(z + i, masked(d * (candidate - load(s[H] + i)) * update * (1.0f - update), mask + i));
     store(s[DC] + i, d * (1.0f - update));
   }
   back<true>(s[MIX + 2], n, s[X], s[RH], s[DX], drh, gate[2], grad[2], p, all);
   for (int64_t i = p.begin; i < p.end; i += LANES) {
     vec reset = load(r + i), d = load(drh + i);
     store(s[DHO] + i, load(s[DC] + i) + d * reset);
-    store(r + i, d * load(s[H] + i) * reset * (1.0f - reset));
+    store(r + i, masked(d * load(s[H] + i) * reset * (1.0f - reset), mask + i));
   }
   back<false>(s[MIX], r, s[X], s[H], s[DX], s[DHO], gate[0], grad[0], p, all);
   back<false>(s[MIX + 1], z, s[X], s[H], s[DX], s[DHO], gate[1], grad[1], p, all);
@@ -178,16 +184,17 @@ void forward_lstm(Scratch& s, const Gate* gate, const Plane& p) {
 
 void backward_lstm(Scratch& s, const Gate* gate, Gate* grad, const Plane& p) {
   float *di = s[ACT], *df = s[ACT + 1], *dg = s[ACT + 2], *dout = s[ACT + 3];
+  const float* mask = s[MASK];
   tiles(p, [&](Span here, Span ahead, Span behind) {
     lstm_gates(s, gate, p, here, ahead);
     for (int64_t i = here.begin; i < here.end; i += LANES) {
       vec in = load(di + i), f = load(df + i), g = load(dg + i), o = load(dout + i);
       vec old = load(s[C] + i), d = load(s[DH] + i), t = hyperbolic(f * old + in * g);
       vec dc = load(s[DC] + i) + d * o * (1.0f - t * t);
-      store(di + i, dc * g * in * (1.0f - in));
-      store(df + i, dc * old * f * (1.0f - f));
-      store(dg + i, dc * in * (1.0f - g * g));
-      store(dout + i, d * t * o * (1.0f - o));
+      store(di + i, masked(dc * g * in * (1.0f - in), mask + i));
+      store(df + i, masked(dc * old * f * (1.0f - f), mask + i));
+      store(dg + i, masked(dc * in * (1.0f - g * g), mask + i));
+      store(dout + i, masked(d * t * o * (1.0f - o), mask + i));
       store(s[DC] + i, dc * f);
     }
     back<true>(s[MIX], di, s[X], s[H], s[DX], s[DHO], gate[0], grad[0], p, behind);
@@ -229,7 +236,7 @@ void step(const Maps& maps, const Weights& weights, const Weights* grads, const 
 #pragma omp parallel num_threads(threads)
   {
     const Flush flush;
-    Scratch scratch(plane);
+    Scratch scratch(shape, plane);
 #pragma omp for schedule(static)
     for (int64_t job = 0; job < chunks * blocks; ++job) {
       const int64_t chunk = job / blocks, block = job % blocks, first = block * plane.lanes;

@@ -43,6 +43,11 @@ struct Window {
     wide = s.channels - first < p.lanes ? s.channels - first : p.lanes;
     offset = s.last ? n * pixels * s.channels + first : (n * s.channels + first) * pixels;
   }
+  // All bits of the image's pixels, none of the zeros around them.
+  void mask(float* scratch, int64_t place) const {
+    for (int64_t y = 0; y < shape.height; ++y)
+      std::memset(scratch + plane.begin + place * plane.image + y * plane.row, 255, 4 * shape.width * plane.lanes);
+  }
   void in(const float* map, float* scratch, int64_t place) const {
     for (int64_t y = 0; y < shape.height; ++y) {
       float* to = scratch + plane.begin + place * plane.image + y * plane.row;

@@ -42,6 +42,9 @@ INLINE vec load(const float* p) { return *(const loose*)p; }
 INLINE void store(float* p, vec v) { *(loose*)p = v; }
 INLINE vec broadcast(float v) { return vec{} + v; }
 
+// v where the mask's bits are set, else zero, NaN and infinity included: a product with zero would keep them.
+INLINE vec masked(vec v, const float* mask) { return (vec)((ivec)v & (ivec)load(mask)); }
+
 INLINE float total(vec v) {
   float sum = 0;
   for (int lane = 0; lane < LANES; ++lane) sum += v[lane];
