@@ -167,7 +167,7 @@ def test_every_epoch_has_an_order_of_its_own():
     assert order(0) == order(0) != order(1)
     assert sorted(order(1)) == list(range(64))
     model = networks.build(options, data.load("digits"))
-    state = loop.Run(model, torch.optim.SGD(model.parameters(), 0.1), [])
+    state = loop.Run(model, torch.optim.SGD(model.parameters(), 0.1), [], {})
     loop.epoch(state, model, made, loop.Job(options, options.plan(), HERE, Path()), 4)
     assert made.epoch == 4
 

@@ -40,16 +40,22 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     history: list[dict[str, float]]
+    asked: dict[str, Any]
 
     def save(self, path: Path) -> None:
         """Write the checkpoint, wholly or not at all."""
         parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer")}
         with replaced(path) as temporary:
-            torch.save({**parts, "history": self.history}, temporary)
+            torch.save({**parts, "history": self.history, "asked": self.asked}, temporary)
 
     def load(self, path: Path) -> None:
-        """Go on where the checkpoint was written."""
+        """Go on where the checkpoint was written; it must be of the same options."""
         state = torch.load(path, weights_only=True, map_location="cpu")
+        other = sorted(key for key in self.asked if state["asked"].get(key) != self.asked[key])
+        if other:
+            raise TrainingError(
+                f"{path} is of a run with other {', '.join(other)}; give another --out, or leave --resume out"
+            )
         for name in ("model", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
         self.history[:] = state["history"]
@@ -160,7 +166,7 @@ def _train(job: Job) -> dict[str, Any]:
     model = build(options, data).to(at.device)
     if options.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    run = Run(model, _optimizer(model, recipe), [])
+    run = Run(model, _optimizer(model, recipe), [], _asked(options, recipe))
     job.out.mkdir(parents=True, exist_ok=True)
     if options.resume and (job.out / "checkpoint.pt").exists():
         run.load(job.out / "checkpoint.pt")
@@ -173,6 +179,12 @@ def _train(job: Job) -> dict[str, Any]:
     if at.rank == 0:
         _write(report, model, job.out)
     return report
+
+
+def _asked(options: Options, recipe: Recipe) -> dict[str, Any]:
+    """What must be the same when a run goes on; a run may be longer, unless its end decides the rate."""
+    loose = set() if recipe.rise else {"epochs"}
+    return {name: value for name, value in options.deciding().items() if name not in loose}
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
@@ -193,16 +205,22 @@ def _prepared(model: nn.Module, job: Job) -> nn.Module:
 
 def _one_epoch(run: Run, network: nn.Module, train_batches: Any, test_batches: Any, job: Job, number: int) -> None:
     entry = epoch(run, network, train_batches, job, number)
-    top1, top5 = accuracy(run.model, test_batches, job)
-    run.history.append({**entry, "top1": top1, "top5": top5})
+    if (number + 1) % job.options.test_every == 0 or number + 1 == job.recipe.epochs:
+        entry["top1"], entry["top5"] = accuracy(run.model, test_batches, job)
+    run.history.append(entry)
     if job.at.rank == 0:
         run.save(job.out / "checkpoint.pt")
         if not job.options.quiet:
-            print(
-                f"epoch {number + 1:>3}  loss {entry['loss']:.4f}  training {entry['train_top1']:.2f}%  "
-                f"top-1 {top1:.2f}%  top-5 {top5:.2f}%  {entry['seconds']:.1f} s",
-                flush=True,
-            )
+            print(_line(entry, number, job), flush=True)
+
+
+def _line(entry: dict[str, float], number: int, job: Job) -> str:
+    before = f"{time.strftime('%H:%M:%S')}  {job.options.name}: " if job.options.name else ""
+    tested = f"top-1 {entry['top1']:.2f}%  top-5 {entry['top5']:.2f}%  " if "top1" in entry else ""
+    return (
+        f"{before}epoch {number + 1:>3} of {job.recipe.epochs}  loss {entry['loss']:.4f}  "
+        f"training {entry['train_top1']:.2f}%  {tested}{entry['seconds']:.1f} s"
+    )
 
 
 def _report(run: Run, job: Job) -> dict[str, Any]:

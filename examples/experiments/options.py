@@ -81,7 +81,9 @@ class Options:
     compile: bool = False
     workers: int = 0
     device: str | None = None
+    test_every: int = 1
     out: str = "runs/train"
+    name: str = ""
     resume: bool = False
     quiet: bool = False
 
@@ -97,7 +99,7 @@ class Options:
 
 
 # Where things lie, what is said, and what changes no number.
-_PRIVATE = {"data", "cache", "out", "weights", "quiet", "resume", "workers"}
+_PRIVATE = {"data", "cache", "out", "name", "weights", "quiet", "resume", "workers", "test_every"}
 
 
 def parser(text: str | None) -> argparse.ArgumentParser:
@@ -133,7 +135,9 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     add("--compile", action="store_true")
     add("--workers", type=int)
     add("--device", choices=("cpu", "cuda"))
+    add("--test-every", type=int, help="epochs from one look at the test images to the next; the last one is tested")
     add("--out", help="folder of the run")
+    add("--name", help="put before each line about an epoch")
     add("--resume", action="store_true", help="go on from the folder's checkpoint, if there is one")
     add("--quiet", action="store_true")
     return made

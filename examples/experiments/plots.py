@@ -1,0 +1,61 @@
+"""Pictures of experiments: every run, the paired differences, accuracy over the epochs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from .tables import Report, Runs, difference
+
+
+def draw(runs: Runs, path: Path, title: str, reference: str) -> None:
+    """Draw an experiment's runs to a PNG file."""
+    figure, (points, differences, curves) = plt.subplots(
+        1, 3, figsize=(16, 1.5 + 0.45 * max(6, len(runs))), layout="constrained"
+    )
+    for place, (name, arm) in enumerate(runs.items()):
+        _points(points, place, arm)
+        if name != reference and reference in runs:
+            _difference(differences, place, arm, runs[reference])
+        _curve(curves, name, arm)
+    for axes in (points, differences):
+        axes.set_yticks(range(len(runs)), list(runs) if axes is points else [])
+        axes.set_ylim(len(runs) - 0.5, -0.5)
+    points.set(xlabel="top-1 accuracy (%): each seed, and the mean", title=title)
+    differences.axvline(0, color="grey", linewidth=1)
+    differences.set(xlabel=f"difference from {reference}: each seed, and the 95 % interval", title="Seed by seed")
+    curves.set(xlabel="epoch", ylabel="mean top-1 accuracy (%)", title="Over the epochs")
+    curves.legend(fontsize="small")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _points(axes: Axes, place: int, arm: Sequence[Report]) -> None:
+    values = [one["top1"] for one in arm]
+    axes.plot(values, [place] * len(values), "o", alpha=0.5)
+    axes.plot([statistics.mean(values)], [place], "k|", markersize=18)
+
+
+def _difference(axes: Axes, place: int, arm: Sequence[Report], reference: Sequence[Report]) -> None:
+    for one in arm:
+        if pair := difference([one], reference):
+            axes.plot([pair.mean], [place], "o", color="C0", alpha=0.5)
+    whole = difference(arm, reference)
+    if whole and whole.low is not None and whole.high is not None:
+        axes.errorbar([whole.mean], [place], xerr=(whole.high - whole.low) / 2, fmt="k|", capsize=4)
+
+
+def _curve(axes: Axes, name: str, arm: Sequence[Report]) -> None:
+    tested = [
+        (number, statistics.mean(entry["top1"] for entry in entries))
+        for number, entries in enumerate(zip(*(one["epochs"] for one in arm), strict=True), 1)
+        if "top1" in entries[0]
+    ]
+    axes.plot(*zip(*tested, strict=True), "." if len(tested) == 1 else "-", label=name)

@@ -1,0 +1,150 @@
+"""Carries jobs out: several at a time, a thread each, going on with what was begun, one JSON for each that is done."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+
+import torch
+
+import regulate
+from regulate.archive import replaced
+
+from .loop import train
+from .options import Options
+from .registry import Job
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where a runner reads and writes.
+
+    Args:
+        work: checkpoints, a folder a run.
+        results: one JSON a finished run, and the networks that others start from.
+        data: the data sets.
+        cache: of the data sets as arrays; None for `data`.
+    """
+
+    work: Path
+    results: Path
+    data: str | None = None
+    cache: str | None = None
+
+    def result(self, job: Job) -> Path:
+        """Return the file that says that a job is done."""
+        return self.results / f"{job.key}.json"
+
+    def start(self, job: Job) -> Path | None:
+        """Return the network that a job starts from, or None."""
+        return self.results / f"{job.start_key}.safetensors" if job.start_key else None
+
+
+def run_all(jobs: Iterable[Job], folders: Folders, at_a_time: int = 1, device: str | None = None) -> list[Job]:
+    """Run what has no result yet.
+
+    Args:
+        jobs: in the order in which they are begun; one that starts from another's network comes after it.
+        folders: where to read and write.
+        at_a_time: processes, of one thread each.
+        device: as of `Options`.
+
+    Returns:
+        The jobs that are still without a result: they failed, or what they start from is missing.
+    """
+    waiting = [job for job in jobs if not folders.result(job).exists()]
+    running: dict[SpawnProcess, Job] = {}
+    failed: list[Job] = []
+    try:
+        while waiting or running:
+            ready = [job for job in waiting if (start := folders.start(job)) is None or start.exists()]
+            for job in ready[: at_a_time - len(running)]:
+                waiting.remove(job)
+                running[_begun(job, folders, device)] = job
+            if not running:
+                break
+            wait([process.sentinel for process in running])
+            for process in [process for process in running if not process.is_alive()]:
+                job = running.pop(process)
+                if process.exitcode:
+                    failed.append(job)
+    finally:
+        for process in running:
+            process.terminate()
+    for job in waiting:
+        print(f"{job.name}: waits for {folders.start(job)}, which does not come", file=sys.stderr, flush=True)
+    return failed + waiting
+
+
+def _begun(job: Job, folders: Folders, device: str | None) -> SpawnProcess:
+    process = multiprocessing.get_context("spawn").Process(target=_work, args=(job, folders, device), daemon=True)
+    process.start()
+    return process
+
+
+def _work(job: Job, folders: Folders, device: str | None) -> None:
+    """In a process of its own; an error is one line."""
+    torch.set_num_threads(1)
+    try:
+        with _alone(folders.work / job.key):
+            run(job, folders, device)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (regulate.RegulateError, ValueError, RuntimeError, OSError) as error:
+        print(f"{job.name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two processes that train in one folder would spoil each other's checkpoints."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(f"another process trains in {folder}; wait for it, or give another --work") from error
+        yield
+
+
+def options_of(job: Job, folders: Folders, device: str | None = None) -> Options:
+    """Return the options of a job's run."""
+    start = folders.start(job)
+    return replace(
+        job.arm.options,
+        seed=job.seed,
+        data=folders.data,
+        cache=folders.cache,
+        weights=str(start) if start else None,
+        device=device,
+        out=str(folders.work / job.key),
+        name=job.name,
+        resume=True,
+    )
+
+
+def run(job: Job, folders: Folders, device: str | None = None) -> None:
+    """Train, and put the result into the folder of results."""
+    start = folders.start(job)
+    options = options_of(job, folders, device)
+    report = train(options)
+    report = {"experiment": job.experiment.name, "arm": job.arm.name, "seed": job.seed, **report}
+    if start:
+        report["start"] = {"network": job.start_key, "sha256": hashlib.sha256(start.read_bytes()).hexdigest()}
+    done = folders.result(job)
+    done.parent.mkdir(parents=True, exist_ok=True)
+    if job.arm.kept:
+        with replaced(done.with_suffix(".safetensors")) as temporary:
+            shutil.copyfile(Path(options.out) / "model.safetensors", temporary)
+    with replaced(done) as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n")

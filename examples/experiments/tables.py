@@ -1,0 +1,153 @@
+"""From the JSON files of runs to tables: means, spreads, paired differences, every run."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from .registry import Experiment, path_of
+
+Report = Mapping[str, Any]
+Runs = Mapping[str, Sequence[Report]]
+
+
+def read_runs(experiment: Experiment, results: Path) -> dict[str, list[Report]]:
+    """Return the finished runs of each arm that has one, by seed.
+
+    Raises:
+        ValueError: a file is of another run than its name says.
+    """
+    found: dict[str, list[Report]] = {}
+    for arm in experiment.arms:
+        for seed in range(experiment.seeds):
+            path = results / f"{path_of(f'{experiment.name}/{arm.name}', seed)}.json"
+            if path.exists():
+                report = json.loads(path.read_text())
+                if (report["experiment"], report["arm"], report["seed"]) != (experiment.name, arm.name, seed):
+                    raise ValueError(f"{path} is of another run; delete it and run the experiment again")
+                found.setdefault(arm.name, []).append(report)
+    return found
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An arm minus a reference, seed by seed.
+
+    Args:
+        mean: of the differences, in points.
+        low: of the 95 % interval by Student's t; None where it cannot be told.
+        high: likewise.
+        p: of the paired t-test, two-sided.
+        better: how many seeds are above the reference.
+        pairs: how many seeds both have.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    p: float | None
+    better: int
+    pairs: int
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None else f" ({self.low:+.2f} to {self.high:+.2f})"
+        return f"{self.mean:+.2f}{interval}"
+
+
+def difference(runs: Sequence[Report], reference: Sequence[Report]) -> Difference | None:
+    """Return the paired difference over the seeds that both have; None if there are none."""
+    values, base = ({seed_of(one): one["top1"] for one in part} for part in (runs, reference))
+    pairs = [values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())]
+    if not pairs:
+        return None
+    mean, better = statistics.mean(pairs), sum(pair > 0 for pair in pairs)
+    if len(pairs) < 2 or len(set(pairs)) == 1:
+        return Difference(mean, None, None, None, better, len(pairs))
+    reach = float(stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(pairs))
+    p = float(stats.ttest_1samp(pairs, 0).pvalue)
+    return Difference(mean, mean - reach, mean + reach, p, better, len(pairs))
+
+
+def seed_of(report: Report) -> int:
+    """Return the seed of a run."""
+    return int(report["options"]["seed"])
+
+
+def table(runs: Runs, references: Sequence[str] = ("plain",)) -> str:
+    """Return a table in Markdown, one line an arm."""
+    present = [name for name in references if name in runs]
+    head = ["network", "parameters", "top-1 (%), mean ± s.d.", "seconds"]
+    for name in present:
+        head += [f"difference from {name}, 95 % interval", "p", "better"]
+    lines = [_row([*head, "every seed"]), _row(["---"] * (len(head) + 1))]
+    for name, arm in runs.items():
+        values = [one["top1"] for one in arm]
+        cells = [name, f"{arm[0]['parameters']:,}", _mean_and_spread(values), f"{_seconds(arm):,.0f}"]
+        for reference in present:
+            cells += _beside(arm, runs[reference]) if name != reference else ["", "", ""]
+        lines.append(_row([*cells, ", ".join(f"{value:.2f}" for value in values)]))
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def _seconds(arm: Sequence[Report]) -> float:
+    """Of training, of the processor where it did the work: a machine that others use does not change that much."""
+    kind = "processor_seconds" if arm[0]["machine"]["device"] == "cpu" else "seconds"
+    return statistics.mean(one.get(kind, one["seconds"]) for one in arm)
+
+
+def _beside(arm: Sequence[Report], reference: Sequence[Report]) -> list[str]:
+    found = difference(arm, reference)
+    if found is None:
+        return ["", "", ""]
+    return [str(found), "" if found.p is None else f"{found.p:.3f}", f"{found.better} of {found.pairs}"]
+
+
+def comparisons(runs: Runs, references: Sequence[str]) -> int:
+    """Return how many differences a table shows."""
+    return sum(name != reference for reference in references if reference in runs for name in runs)
+
+
+def block(experiment: Experiment, results: Path) -> str:
+    """Return what the page of results shows of an experiment: how much of it is in, the table, the picture."""
+    runs = read_runs(experiment, results)
+    there, all_ = sum(map(len, runs.values())), len(experiment.arms) * experiment.seeds
+    lines = [f"{there} of {all_} registered runs are in."]
+    if runs:
+        count = comparisons(runs, experiment.references)
+        lines[0] += f" {count} comparisons; p is not corrected for their number."
+        lines += ["", table(runs, experiment.references), "", f"![every run]({experiment.name}/plot.png)"]
+    return "\n".join(lines)
+
+
+def marks(experiment: Experiment) -> tuple[str, str]:
+    """Return the comments between which the page shows an experiment."""
+    return f"<!-- {experiment.name}: made by compare.py tables -->", f"<!-- end of {experiment.name} -->"
+
+
+def renewed(page: str, experiment: Experiment, results: Path) -> str:
+    """Return the page with an experiment's block as its runs make it.
+
+    Raises:
+        ValueError: the page has no place for it.
+    """
+    begin, end = marks(experiment)
+    before, found, rest = page.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise ValueError(f"the page has no place for {experiment.name}; put in {begin!r} and {end!r}")
+    return f"{before}{begin}\n{block(experiment, results)}\n{end}{after}"
