@@ -13,6 +13,7 @@ from .freeze import release
 from .guard import MARK, check_regulated, holders, regulators
 from .plan import Plan
 from .planner import draw
+from .skeleton import duplicate
 from .stage import uninstall
 
 Cell = str | Callable[[int], nn.Module]
@@ -82,7 +83,8 @@ def regulate(
     options = _options(cell, kernel, fusion, init, norm, stages, seed, config)
     drawn = draw(model, options)
     drawn.warn_if_wide()
-    return prepare(model, drawn, options).install(model, inplace)
+    target = model if inplace else duplicate(model)
+    return prepare(model, drawn, options).install(target, inplace=True)
 
 
 def plan(

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .cells import CELLS
 from .config import RegulatorConfig
+from .errors import first_line
 from .fusion import Fusion
 from .identity import moments, settle
+from .modes import in_mode
 from .plan import Block, Stage
+
+_PROTOCOL = (
+    "the protocol: cell(channels) builds an nn.Module whose forward(x, state) returns a tuple of tensors, H of x's "
+    "shape first; state is what it returned for the block before, None for the first one; see regulate.cells"
+)
 
 
 def build_cell(config: RegulatorConfig, channels: int, dims: int) -> nn.Module:
     """A fresh cell for maps of `channels` channels and `dims` spatial axes."""
     if isinstance(config.cell, str):
         return CELLS[config.cell](channels, config.kernel, dims)
+    _check_call(config.cell, "a cell is built from one argument, its channel count", channels)
     cell = config.cell(channels)
     if not isinstance(cell, nn.Module):
-        raise TypeError(f"cell must build an nn.Module from a channel count, got {type(cell).__name__}")
+        raise TypeError(f"cell must build an nn.Module from a channel count, got {type(cell).__name__}; {_PROTOCOL}")
     return cell
 
 
@@ -97,16 +107,47 @@ def _start(fusion: Fusion, block: Block, model: nn.Module, init: str) -> None:
 
 
 def _check_protocol(cell: nn.Module, block: Block) -> None:
+    """Run two steps of a cell on zeros, in eval mode: norms of its own learn nothing from that."""
     x = torch.zeros(1, block.read_width, *(3,) * block.dims)
-    with torch.no_grad():
-        state = cell(x, None)
+    _check_call(cell.forward, "a cell is called with its input and its state", x, None)
+    state: Any = None
+    with torch.no_grad(), in_mode(cell, training=False):
+        for _ in range(2):
+            try:
+                state = cell(x, state)
+            except Exception as error:
+                what = "None" if state is None else "what it returned before"
+                raise TypeError(
+                    f"{type(cell).__name__} does not run on an input of {tuple(x.shape)} with {what} as its state: "
+                    f"{first_line(error)}; {_PROTOCOL}"
+                ) from error
+            _check_state(cell, state, x)
+
+
+def _check_state(cell: nn.Module, state: Any, x: Tensor) -> None:
     if not isinstance(state, tuple) or not all(isinstance(part, Tensor) for part in state) or not state:
         raise TypeError(
-            f"a cell returns a tuple of tensors, H first, {type(cell).__name__} returned {type(state).__name__}; "
-            "see regulate.cells for the protocol"
+            f"a cell returns a tuple of tensors, {type(cell).__name__} returned {_shown(state)}; {_PROTOCOL}"
         )
     if state[0].shape != x.shape:
         raise TypeError(
             f"a cell's hidden state has the shape of its input, {tuple(x.shape)}; {type(cell).__name__} returned "
             f"{tuple(state[0].shape)}; use padding that keeps the grid"
         )
+
+
+def _shown(state: Any) -> str:
+    if isinstance(state, tuple):
+        return f"({', '.join(type(part).__name__ for part in state)})"
+    return f"a {type(state).__name__}"
+
+
+def _check_call(function: Callable[..., Any], rule: str, *args: Any) -> None:
+    """Raise TypeError where a function does not take these arguments."""
+    try:
+        inspect.signature(function).bind(*args)
+    except TypeError as error:
+        name = getattr(function, "__qualname__", type(function).__name__)
+        raise TypeError(f"{rule}, and {name} does not take them: {error}; {_PROTOCOL}") from error
+    except ValueError:  # it has no signature that can be read
+        return

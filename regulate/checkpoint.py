@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from contextlib import nullcontext
 
+import torch
 from torch import Tensor, nn
 
 from .apply import prepare
 from .archive import read, write
 from .cells import CELLS
 from .config import RegulatorConfig
-from .errors import CheckpointError, RegulateError, first_line
+from .errors import CheckpointError, RegulateError, first_line, last_line
 from .fit import (
     blocks,
     check_backbone,
@@ -26,6 +27,8 @@ from .fit import (
 from .fold import is_folded
 from .guard import MARK, check_model, check_regulated, holders, regulators, unwrapped
 from .planner import draw
+from .skeleton import duplicate
+from .undo import all_or_nothing, is_expanded
 
 File = str | os.PathLike[str]
 
@@ -118,12 +121,32 @@ def load(model: nn.Module, path: File, *, inplace: bool = False) -> nn.Module:
         check_tensors({**base, **prepared.state_dict()}, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{path} does not fit this model: {error}") from error
-    except (RegulateError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (RegulateError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be applied to this model: {first_line(error)}") from error
-    target = prepared.install(model, inplace)
-    weightless = any(tensor.is_meta for tensor in base.values())
-    unwrapped(target).load_state_dict(tensors, strict=record["content"] == "all", assign=weightless)
+    target = model if inplace else duplicate(model)
+    try:
+        with all_or_nothing(target) if inplace else nullcontext():
+            prepared.install(target, inplace=True)
+            _fill(unwrapped(target), tensors)
+    except (CheckpointError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} could not be copied into this model, which is as it was: {last_line(error)}"
+        ) from error
     return target
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a regulated network its tensors. An expanded view follows what it is a view of, and is only compared."""
+    there = model.state_dict()
+    weightless = any(there[key].is_meta for key in tensors)
+    views = set() if weightless else {key for key in tensors if is_expanded(there[key])}
+    model.load_state_dict({k: v for k, v in tensors.items() if k not in views}, strict=False, assign=weightless)
+    for key in views:
+        if not torch.equal(there[key].cpu(), tensors[key]):
+            raise CheckpointError(
+                f"{key} is an expanded view here, which cannot be written, and holds other values in the file; make "
+                "it a tensor of its own (.contiguous())"
+            )
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -131,22 +154,29 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
     for key, value in model.state_dict().items():
-        if type(value) not in (Tensor, nn.Parameter) or value.is_meta or value.is_quantized:
+        kind = _kind(value) if type(value) in (Tensor, nn.Parameter) else f"a {type(value).__name__}"
+        if kind:
             raise CheckpointError(
-                f"a checkpoint holds plain tensors, and {key} is {_kind(value)}; gather a sharded model first "
+                f"a checkpoint holds plain tensors, and {key} is {kind}; gather a sharded model first "
                 "(torch.distributed.checkpoint.state_dict.get_model_state_dict), save a quantized one before quantizing"
             )
-        tensor = value.detach().cpu().contiguous()
+        # A conjugate is a view until it is resolved; its memory holds other numbers.
+        tensor = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
         address = tensor.untyped_storage().data_ptr()
         state[key] = tensor.clone() if address in seen else tensor
         seen.add(address)
     return state
 
 
-def _kind(value: Any) -> str:
-    if isinstance(value, Tensor) and value.is_meta:
+def _kind(value: Tensor) -> str:
+    """What keeps a tensor out of a file; empty if nothing does."""
+    if value.is_meta:
         return "on the meta device"
-    return "a quantized tensor" if isinstance(value, Tensor) and value.is_quantized else f"a {type(value).__name__}"
+    if value.layout is not torch.strided:
+        return f"stored as {str(value.layout).removeprefix('torch.')}"
+    if value.dtype in (torch.complex128, torch.complex32):
+        return f"{str(value.dtype).removeprefix('torch.')}, which safetensors does not know"
+    return "a quantized tensor" if value.is_quantized else ""
 
 
 def _options(model: nn.Module) -> RegulatorConfig:

@@ -39,6 +39,11 @@ class CheckpointError(RegulateError, ValueError):
     """A checkpoint is damaged, foreign, of a newer format, or does not fit the model."""
 
 
+def last_line(error: Exception) -> str:
+    """The last line of an error's message, where torch's lists of errors say what happened."""
+    return ([type(error).__name__, *str(error).strip().splitlines()])[-1].strip()
+
+
 def first_line(error: Exception) -> str:
     """The first sentence of an error's message, for a reason in a plan."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -49,7 +49,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _digest(tensor: Tensor) -> str:
-    plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
     return f"{_describe(tensor)} {hashlib.sha256(plain.data).hexdigest()[:32]}"
 
 

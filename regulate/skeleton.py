@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .errors import UnsupportedModelError, first_line
 
@@ -24,13 +25,14 @@ def skeleton(model: nn.Module) -> nn.Module:
     """A copy of the model on the meta device, in eval mode, without hooks; no memory for weights.
 
     Raises:
-        UnsupportedModelError: the model cannot be copied.
+        UnsupportedModelError: the model cannot be copied, or holds a tensor that has no shape yet or none on the
+            meta device.
     """
     memo: dict[int, Any] = {}
-    for module in model.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+    for path, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
             if isinstance(tensor, Tensor):
-                memo[id(tensor)] = _weightless(tensor)
+                memo[id(tensor)] = _weightless(tensor, f"{path}.{name}".lstrip("."))
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:
@@ -46,6 +48,40 @@ def skeleton(model: nn.Module) -> nn.Module:
     return copied.eval()
 
 
-def _weightless(tensor: Tensor) -> Tensor:
-    meta = tensor.detach().to("meta")
+def duplicate(model: nn.Module) -> nn.Module:
+    """Return a deep copy of a model.
+
+    Raises:
+        UnsupportedModelError: the model cannot be copied.
+    """
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                raise UnsupportedModelError(
+                    f"regulate changes a copy, and torch does not copy the result of an operation, which "
+                    f"{f'{path}.{name}'.lstrip('.')} is, as torch.nn.utils.prune and the old weight_norm leave it; "
+                    "make that permanent (prune.remove, remove_weight_norm), delete it, or pass inplace=True"
+                )
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"regulate changes a copy, but copy.deepcopy({type(model).__name__}) failed: {first_line(error)}; pass "
+            "inplace=True, or remove what cannot be copied"
+        ) from error
+
+
+def _weightless(tensor: Tensor, name: str) -> Tensor:
+    if is_lazy(tensor):
+        raise UnsupportedModelError(
+            f"regulate plans by shapes, and {name} has none yet, since it belongs to a lazy module; run the model once "
+            "on a batch, then call regulate"
+        )
+    try:
+        meta = tensor.detach().to("meta")
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"regulate plans on the meta device, and torch cannot put {name} there ({first_line(error)}); regulate the "
+            "model before it is quantized or converted, or keep that tensor outside of the module"
+        ) from error
     return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta

@@ -82,6 +82,25 @@ class Untraceable(nn.Module):
         ({"cell": lambda channels: channels}, TypeError, "must build an nn.Module"),
         ({"cell": lambda channels: nn.Identity()}, TypeError, "takes|returns|positional"),
         ({"cell": lambda channels: Bad()}, TypeError, "has the shape of its input"),
+        (
+            {"cell": lambda: nn.Identity()},
+            TypeError,
+            "built from one argument, its channel count.*<lambda> does not take",
+        ),
+        (
+            {"cell": lambda channels, hidden: Bad()},
+            TypeError,
+            "<lambda> does not take them: missing a required argument: 'hidden'; the protocol: cell",
+        ),
+        ({"cell": lambda channels: nn.Conv2d(channels, channels, 1)}, TypeError, "Conv2d.forward does not take them"),
+        ({"cell": lambda channels: Returns(lambda x: x)}, TypeError, "returned a Tensor; the protocol"),
+        ({"cell": lambda channels: Returns(lambda x: (x, 3))}, TypeError, r"returned \(Tensor, int\); the protocol"),
+        ({"cell": lambda channels: Returns(lambda x: ())}, TypeError, r"returned \(\); the protocol"),
+        (
+            {"cell": lambda channels: Forgetful()},
+            TypeError,
+            "with what it returned before as its state: .* unpack.*protocol",
+        ),
         ({"kernel": "heavy"}, ValueError, "'light', 'dense'"),
         ({"fusion": "sum"}, ValueError, "'paper', 'residual'"),
         ({"init": "zero"}, ValueError, "'identity'"),
@@ -107,6 +126,37 @@ def test_wrong_options_leave_the_model_as_it_was(options, error, says):
     for name, module in model.named_modules():
         assert vars(module).keys() == attributes[name].keys()
     assert not is_regulated(model)
+
+
+class Returns(nn.Module):
+    def __init__(self, made):
+        super().__init__()
+        self.made = made
+
+    def forward(self, x, state):
+        return self.made(x)
+
+
+class Forgetful(nn.Module):
+    """Takes a pair as its state and returns one tensor."""
+
+    def forward(self, x, state):
+        h, c = state or (x, x)
+        return (h + c,)
+
+
+def test_the_check_of_a_cell_leaves_its_norms_alone():
+    class Normed(package.ConvRNNCell):
+        def __init__(self, channels):
+            super().__init__(channels)
+            self.norm = nn.BatchNorm2d(channels)
+
+        def forward(self, x, state=None):
+            return super().forward(self.norm(x) + 1, state)
+
+    cell = regulate(cifar_resnet(14), Normed).layer1[0].regulator.cell
+    assert cell.norm.training
+    assert not cell.norm.num_batches_tracked
 
 
 class Bad(nn.Module):
