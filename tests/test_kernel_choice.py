@@ -1,10 +1,7 @@
-"""Which form of a step runs: where a fast one must not, how it is chosen, how the library comes about."""
+"""Which form of a step runs: where a fast one must not, and how it is chosen."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ from regulate import ConvGRUCell, ConvLSTMCell, kernels, regulate
 from regulate.kernels import aten, native, op
 
 from .helpers import Watch, network
+from .processes import python
 
 X = torch.randn(2, 4, 6, 5)
 
@@ -176,15 +174,6 @@ def test_compiled_networks_call_the_operator():
     assert step.meta["example_value"][0].is_contiguous(memory_format=torch.channels_last)
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "always", "-c", code]
-    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
-
-
-STEP = "import torch, regulate; torch.manual_seed(0); h, c = regulate.ConvLSTMCell(4)(torch.ones(1, 4, 3, 3)); "
-SHOW = STEP + "print(round(h.sum().item(), 4), regulate.kernels.why_no_native())"
-
-
 def test_the_environment_variable():
     done = python("import regulate; print(regulate.kernels.setting())", REGULATE_KERNELS="aten")
     assert done.stdout == "aten\n"
@@ -195,33 +184,6 @@ def test_the_environment_variable():
 def test_to_import_it_does_not_import_the_compiler():
     """Which takes a second, and many never compile."""
     assert python("import sys, regulate; print('torch._dynamo' in sys.modules)").stdout == "False\n"
-
-
-def test_without_a_compiler_the_network_computes_the_same(tmp_path):
-    expected = python(SHOW).stdout.split()
-    assert expected[1] == "None"
-    missing = python(SHOW, CXX="", PATH="", XDG_CACHE_HOME=str(tmp_path))
-    assert missing.stdout.split(maxsplit=1) == [expected[0], "no C++ compiler was found; install g++ or set CXX\n"]
-    broken = python(SHOW, CXX="false", XDG_CACHE_HOME=str(tmp_path))
-    assert broken.stdout.startswith(f"{expected[0]} false made no library that loads")
-    assert broken.stderr.count("regulate computes without its CPU kernel: false made no library") == 1
-
-
-def test_the_library_is_compiled_once_and_wholly(tmp_path):
-    for _ in range(2):
-        assert python(SHOW, XDG_CACHE_HOME=str(tmp_path)).stdout.endswith("None\n")
-    (library,) = (tmp_path / "regulate").iterdir()
-    assert library.suffix == ".so"
-    # Nothing compiles where the library is there already.
-    assert python(SHOW, XDG_CACHE_HOME=str(tmp_path), TMPDIR="/nowhere").stdout.endswith("None\n")
-
-
-def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path):
-    file = tmp_path / "file"
-    file.touch()
-    done = python(SHOW, XDG_CACHE_HOME=str(file), TMPDIR=str(tmp_path))
-    assert done.stdout.endswith("None\n")
-    assert [path.name.startswith("regulate-") for path in tmp_path.iterdir() if path.is_dir()] == [True]
 
 
 def test_the_sources_are_in_the_package():

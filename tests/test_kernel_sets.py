@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import re
-import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from torch import nn
 
 from regulate import kernels
 from regulate.cells import CELLS
-from regulate.kernels import build
+from regulate.kernels import build, library
 
 from .test_kernels import LAYOUTS, SHAPES, alike, case, run
 
@@ -49,9 +47,7 @@ TARGETS = X86 if platform.machine() in ("x86_64", "AMD64") else ARM if platform.
 def compiled(request, tmp_path_factory):
     """A target and the path of the library for it, beside which the objects lie."""
     out = tmp_path_factory.mktemp(request.param.name) / "kernels.so"
-    command = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    assert command, "these tests need a C++ compiler"
-    build.make_library(shlex.split(command), out, request.param.flags)
+    build.make_library(build.compiler(), out, request.param.flags)
     return request.param, out
 
 
@@ -63,14 +59,14 @@ def loaded(compiled, monkeypatch):
     lacking = [flag for flag in target.needs.split() if f" {flag} " not in known]
     if lacking:
         pytest.skip(f"compiled only: this processor has no {', '.join(lacking)}")
-    library = ctypes.CDLL(str(path))
-    monkeypatch.setattr(build, "library", lambda: library)
+    found = ctypes.CDLL(str(path))
+    monkeypatch.setattr(library, "library", lambda: found)
     return target
 
 
 def test_its_name_and_the_width_of_its_vectors(loaded):
     assert kernels.instruction_set() == loaded.name
-    assert build.library().regulate_lanes() == loaded.lanes
+    assert library.library().regulate_lanes() == loaded.lanes
 
 
 @pytest.mark.parametrize("zeros", [False, True], ids=["state", "zeros"])

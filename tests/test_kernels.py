@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from regulate import kernels
 from regulate.cells import CELLS
-from regulate.kernels import build, native, op
+from regulate.kernels import library, native, op
 
 FORMS = ("native", "aten")
 SHAPES = ((3, 5, 7, 6), (2, 33, 1, 1), (40, 2, 2, 3), (2, 17, 34, 33), (0, 4, 3, 3))
@@ -220,6 +220,6 @@ def test_small_numbers_are_zero_in_the_kernels_alone():
 
 
 def test_without_a_library_the_native_form_is_an_error_and_not_a_crash(monkeypatch):
-    monkeypatch.setattr(build, "library", lambda: "nobody compiled it")
+    monkeypatch.setattr(library, "library", lambda: "nobody compiled it")
     with pytest.raises(RuntimeError, match="nobody compiled it"):
         native.forward("rnn", torch.zeros(1, 1, 2, 2), None, None, tuple(p.detach() for p in weights(CELLS["rnn"](1))))

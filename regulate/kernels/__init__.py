@@ -11,9 +11,9 @@ that are not two-dimensional, tensor subclasses, function transforms, tracing an
 process is the environment variable REGULATE_KERNELS, one for a while is `use`.
 """
 
-from .build import instruction_set
-from .build import why_not as why_no_native
 from .choose import CHOICES, setting, use
+from .library import instruction_set
+from .library import why_not as why_no_native
 from .mixing import mixed
 from .norm import norm_relu
 from .step import step

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from . import build, gpu
+from . import gpu, library
 
 CHOICES = ("auto", "native", "triton", "aten", "reference")
 
@@ -145,7 +145,7 @@ def _transformed() -> bool:
 
 
 def _native() -> bool:
-    return build.why_not() is None
+    return library.why_not() is None
 
 
 def _triton(compiling: bool) -> bool:

@@ -88,10 +88,10 @@ struct Maps {
 enum { X, H, C, DH, DC, DX, DHO, RH, MASK, MIX, ACT = MIX + 4, BUFFERS = ACT + 4 };
 
 struct Scratch {
-  std::unique_ptr<float[]> memory;
+  std::unique_ptr<float[]> memory;  // null if there was none to be had
   int64_t size;
-  Scratch(const Shape& shape, const Plane& p) : memory(new float[BUFFERS * p.size]()), size(p.size) {
-    for (int64_t i = 0; i < p.stack; ++i) Window(shape, p, 0, 0).mask((*this)[MASK], i);
+  Scratch(const Shape& shape, const Plane& p) : memory(new (std::nothrow) float[BUFFERS * p.size]()), size(p.size) {
+    for (int64_t i = 0; memory && i < p.stack; ++i) Window(shape, p, 0, 0).mask((*this)[MASK], i);
   }
   float* operator[](int i) { return memory.get() + i * size; }
 };
@@ -227,18 +227,24 @@ void task(const Maps& maps, const Shape& shape, int64_t n, int64_t count, int64_
   }
 }
 
-// Tasks are (chunk of the batch, block of channels); each chunk sums the parameters' gradients on its own.
+// Tasks are (chunk of the batch, block of channels); each chunk sums the parameters' gradients on its own. An exception
+// would not leave the parallel region but end the process, so what comes back says whether memory was missing.
 template <int CELL>
-void step(const Maps& maps, const Weights& weights, const Weights* grads, const Shape& shape, int64_t chunks,
+int step(const Maps& maps, const Weights& weights, const Weights* grads, const Shape& shape, int64_t chunks,
           int64_t threads) {
   const Plane plane(shape, (shape.batch + chunks - 1) / chunks);
   const int64_t blocks = (shape.channels + plane.lanes - 1) / plane.lanes, rows = GATES[CELL] * shape.channels;
-#pragma omp parallel num_threads(threads)
+  int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
   {
     const Flush flush;
     Scratch scratch(shape, plane);
 #pragma omp for schedule(static)
     for (int64_t job = 0; job < chunks * blocks; ++job) {
+      if (!scratch.memory) {
+        failed = 1;
+        continue;
+      }
       const int64_t chunk = job / blocks, block = job % blocks, first = block * plane.lanes;
       Gate gate[4] = {}, grad[4] = {};
       const int64_t wide = Window(shape, plane, 0, block).wide;
@@ -260,34 +266,36 @@ void step(const Maps& maps, const Weights& weights, const Weights* grads, const 
         });
     }
   }
+  return failed;
 }
 
-void run(int64_t cell, const Maps& maps, const Weights& weights, const Weights* grads, const int64_t* sizes,
+int run(int64_t cell, const Maps& maps, const Weights& weights, const Weights* grads, const int64_t* sizes,
          int64_t chunks, int64_t threads) {
   const Shape shape = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4] != 0};
-  if (cell == RNN) step<RNN>(maps, weights, grads, shape, chunks, threads);
-  if (cell == GRU) step<GRU>(maps, weights, grads, shape, chunks, threads);
-  if (cell == LSTM) step<LSTM>(maps, weights, grads, shape, chunks, threads);
+  if (cell == RNN) return step<RNN>(maps, weights, grads, shape, chunks, threads);
+  if (cell == GRU) return step<GRU>(maps, weights, grads, shape, chunks, threads);
+  return step<LSTM>(maps, weights, grads, shape, chunks, threads);
 }
 
 }  // namespace
 
 // sizes: N, C, H, W and whether the maps are channels last. Maps of the old state and of gradients may be null.
-// c is the old cell state of an LSTM; in the backward of an RNN it is the new hidden state.
-extern "C" void regulate_forward(int64_t cell, const int64_t* sizes, int64_t chunks, int64_t threads, float* mix,
+// c is the old cell state of an LSTM; in the backward of an RNN it is the new hidden state. What comes back, here and
+// in norm.cpp, is 0, or 1 if memory was missing.
+extern "C" int regulate_forward(int64_t cell, const int64_t* sizes, int64_t chunks, int64_t threads, float* mix,
                                  float* weight, float* bias, const float* x, const float* h, const float* c,
                                  float* new_h, float* new_c) {
   const Maps maps = {x, h, c, nullptr, nullptr, new_h, new_c, nullptr, nullptr, nullptr};
-  run(cell, maps, {mix, weight, bias}, nullptr, sizes, chunks, threads);
+  return run(cell, maps, {mix, weight, bias}, nullptr, sizes, chunks, threads);
 }
 
-extern "C" void regulate_backward(int64_t cell, const int64_t* sizes, int64_t chunks, int64_t threads, float* mix,
+extern "C" int regulate_backward(int64_t cell, const int64_t* sizes, int64_t chunks, int64_t threads, float* mix,
                                   float* weight, float* bias, const float* x, const float* h, const float* c,
                                   const float* dh, const float* dc, float* dx, float* dh_old, float* dc_old,
                                   float* dmix, float* dweight, float* dbias) {
   const Maps maps = {x, h, c, dh, dc, nullptr, nullptr, dx, dh_old, dc_old};
   const Weights grads = {dmix, dweight, dbias};
-  run(cell, maps, {mix, weight, bias}, &grads, sizes, chunks, threads);
+  return run(cell, maps, {mix, weight, bias}, &grads, sizes, chunks, threads);
 }
 
 // What this was compiled for, and how many floats its vectors have.

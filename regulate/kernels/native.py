@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .build import call, channels_last, chunks
+from .library import call, channels_last, chunks
 
 _CELLS = {"rnn": 0, "gru": 1, "lstm": 2}
 

@@ -92,12 +92,12 @@ INLINE void add(const Map& map, const Job& job, double* sums, vec v) {
   else for (int64_t lane = 0; lane < job.wide; ++lane) sums[lane] += v[lane];
 }
 
-// Two sums per chunk and channel.
+// Two sums per chunk and channel; no memory if there was none to be had.
 struct Sums {
   std::unique_ptr<double[]> memory;
   int64_t chunks, channels;
   explicit Sums(const Map& map)
-      : memory(new double[2 * map.chunks * map.channels]), chunks(map.chunks), channels(map.channels) {}
+      : memory(new (std::nothrow) double[2 * map.chunks * map.channels]), chunks(map.chunks), channels(map.channels) {}
   double* row(int which, int64_t chunk) const { return memory.get() + (which * chunks + chunk) * channels; }
 };
 
@@ -206,7 +206,7 @@ void gradient(const Map& map, const Job& job, const float* x, const float* dy, c
 
 // sizes: N, C, H * W and whether the maps are channels last, for all three functions.
 
-extern "C" void regulate_scale_relu(const int64_t* sizes, int64_t chunks, int64_t threads, const float* x,
+extern "C" int regulate_scale_relu(const int64_t* sizes, int64_t chunks, int64_t threads, const float* x,
                                     const float* scale, const float* shift, float* y) {
   const Map map(sizes, chunks);
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -215,13 +215,15 @@ extern "C" void regulate_scale_relu(const int64_t* sizes, int64_t chunks, int64_
     const Job job(map, i);
     scale_relu(map, job, x, channel(map, job, scale), channel(map, job, shift), y);
   }
+  return 0;
 }
 
 // With the batch's own moments, which go to `stats`, (3, C).
-extern "C" void regulate_norm_relu(const int64_t* sizes, int64_t chunks, int64_t threads, const float* x,
+extern "C" int regulate_norm_relu(const int64_t* sizes, int64_t chunks, int64_t threads, const float* x,
                                    const float* weight, const float* bias, double eps, float* stats, float* y) {
   const Map map(sizes, chunks);
   const Sums sums(map);
+  if (!sums.memory) return 1;
 #pragma omp parallel num_threads(threads)
   {
     const Flush flush;
@@ -236,13 +238,15 @@ extern "C" void regulate_norm_relu(const int64_t* sizes, int64_t chunks, int64_t
       scale_relu(map, job, x, norm.scale, norm.shift, y);
     }
   }
+  return 0;
 }
 
-extern "C" void regulate_norm_relu_backward(const int64_t* sizes, int64_t chunks, int64_t threads, const float* x,
+extern "C" int regulate_norm_relu_backward(const int64_t* sizes, int64_t chunks, int64_t threads, const float* x,
                                             const float* dy, const float* weight, const float* bias, const float* stats,
                                             float* dx, float* dweight, float* dbias) {
   const Map map(sizes, chunks);
   const Sums sums(map);
+  if (!sums.memory) return 1;
 #pragma omp parallel num_threads(threads)
   {
     const Flush flush;
@@ -264,4 +268,5 @@ extern "C" void regulate_norm_relu_backward(const int64_t* sizes, int64_t chunks
       gradient(map, job, x, dy, Norm(map, job, weight, bias, stats), dweight, dbias, dx);
     }
   }
+  return 0;
 }

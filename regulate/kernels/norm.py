@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..scale import ScaleShift, scale_and_shift
-from .build import call, channels_last, chunks
 from .choose import native_here
+from .library import call, channels_last, chunks
 from .untouched import untouched
 
 
