@@ -1,4 +1,4 @@
-"""Upgrades a trained network with one line, and fine-tunes it beside a control.
+"""Upgrades a trained network with one line, and fine-tunes it beside a control; says whether the difference is chance.
 
 Without arguments: a CIFAR-style ResNet-20 on the handwritten digits that ship with scikit-learn, no network
 and no GPU needed. With `--model resnet50.a1_in1k --pretrained --data DIR`: a timm backbone on an image
@@ -9,118 +9,181 @@ from __future__ import annotations
 
 import argparse
 import copy
+import statistics
 import sys
-import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
 import torch
-import torch.nn.functional as F
-from experiments.data import load
+from experiments import batches
+from experiments.data import Data
+from experiments.loop import Job, data_of, fit
+from experiments.networks import build
+from experiments.options import Options
+from experiments.place import Place, place
+from experiments.tables import Difference, difference
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
-from tqdm import tqdm
 
 import regulate
-from regulate.models import cifar_resnet
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+NETWORKS = ("regulated", "plain")
 
 
 @dataclass(frozen=True)
-class Data:
-    train: Batches
-    test: Batches
-    classes: int
+class Trial:
+    """What one seed gave: `before` the upgrade, and of each of `NETWORKS`.
 
+    Args:
+        seed: of the trial.
+        before: test accuracy after each epoch of training, in per cent.
+        curves: the same of fine-tuning.
+        seconds: of fine-tuning, without each epoch's first step.
+        parameters: of the network.
+        right: which test images it has right in the end.
+    """
 
-def digits(batch: int, seed: int) -> Data:
-    """scikit-learn's handwritten digits."""
-    images = load("digits")
-    order = torch.Generator().manual_seed(seed)
-    return Data(
-        DataLoader(
-            TensorDataset(images.train.pixels, images.train.labels),
-            batch,
-            shuffle=True,
-            drop_last=True,
-            generator=order,
-        ),
-        DataLoader(TensorDataset(images.test.pixels, images.test.labels), 256),
-        images.classes,
-    )
-
-
-def folder(directory: str, name: str, batch: int, workers: int) -> Data:
-    """An image folder through timm's own datasets, transforms and loaders."""
-    import timm
-    from timm.data import create_dataset, create_loader, resolve_data_config
-
-    config = resolve_data_config({}, model=timm.create_model(name))
-    loaders = []
-    for split in ("train", "validation"):
-        data = create_dataset("", root=directory, split=split)
-        loaders.append(
-            create_loader(
-                data,
-                input_size=config["input_size"],
-                batch_size=batch,
-                is_training=split == "train",
-                mean=config["mean"],
-                std=config["std"],
-                interpolation=config["interpolation"],
-                num_workers=workers,
-                use_prefetcher=False,
-                persistent_workers=workers > 0,
-            )
-        )
-    return Data(loaders[0], loaders[1], len(data.reader.class_to_idx))
-
-
-def train(model: nn.Module, data: Data, epochs: int, rate: float, device: torch.device, label: str) -> list[float]:
-    """Cosine-decayed SGD. Returns the test accuracy in per cent after each epoch."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    curve = []
-    for epoch in range(epochs):
-        model.train()
-        bar = tqdm(data.train, desc=f"{label} {epoch + 1}/{epochs}", leave=False, file=sys.stdout, mininterval=0.5)
-        for x, y in bar:
-            loss = F.cross_entropy(model(x.to(device)), y.to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-        schedule.step()
-        found, truth = predictions(model, data, device)
-        curve.append(100 * (found == truth).float().mean().item())
-    return curve
+    seed: int
+    before: list[float]
+    curves: dict[str, list[float]]
+    seconds: dict[str, float]
+    parameters: dict[str, int]
+    right: dict[str, Tensor]
 
 
 @torch.no_grad()
-def predictions(model: nn.Module, data: Data, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Predicted and true classes of the test images."""
+def predictions(model: nn.Module, data: Data, job: Job) -> tuple[Tensor, Tensor]:
+    """Return predicted and true classes of the test images."""
     model.eval()
-    pairs = [(model(x.to(device)).argmax(1).cpu(), y) for x, y in data.test]
+    pairs = [
+        (model(job.input(x.to(job.at.device))).argmax(1).cpu(), y.cpu())
+        for x, y in batches.testing(data, job.options, job.at)
+    ]
     return torch.cat([p for p, _ in pairs]), torch.cat([y for _, y in pairs])
 
 
-def draw_curves(path: Path, before: list[float], curves: dict[str, list[float]]) -> None:
-    figure, (whole, close) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    start = len(before)
-    whole.plot(range(1, start + 1), before, color="grey", label="training")
-    for (label, curve), style in zip(curves.items(), ("o-", "s--"), strict=True):
-        for axis in (whole, close):
-            axis.plot(range(start, start + len(curve) + 1), [before[-1], *curve], style, label=label)
-    for axis, title in ((whole, "Training and fine-tuning"), (close, "Fine-tuning alone")):
-        axis.axvline(start, color="lightgrey", linewidth=1)
-        axis.set(xlabel="epoch", ylabel="test accuracy (%)", title=title)
-        axis.legend()
+def trial(args: argparse.Namespace, seed: int, at: Place) -> Trial:
+    """Train, upgrade, and fine-tune both networks with one seed."""
+    folder = args.out / f"seed-{seed}"
+    options = Options(
+        dataset="imagefolder" if args.data else "digits",
+        data=args.data,
+        subset=args.subset,
+        size=args.size,
+        model=f"timm/{args.model}" if args.model else "resnet20",
+        pretrained=args.pretrained,
+        recipe="upgrade",
+        epochs=args.epochs,
+        rate=args.rate,
+        batch=args.batch,
+        workers=args.workers,
+        seed=seed,
+        name=f"seed {seed}, training",
+    )
+    job = Job(options, options.plan(), at, folder / "trained")
+    data = data_of(options)
+    model = build(options, data).to(at.device)
+    before = [entry["top1"] for entry in fit(model, data, job).history]
+
+    upgraded = regulate.regulate(model, cell=args.cell, seed=seed)
+    if seed == 0:
+        print(f"\n{regulate.plan(model, cell=args.cell, input_size=(data.channels, data.size, data.size))}\n")
+    old, truth = predictions(model, data, job)
+    new, _ = predictions(upgraded, data, job)
+    print(f"predictions that the upgrade changed: {(old != new).sum().item()} of {len(truth)}\n", flush=True)
+    return fine_tuned(dict(zip(NETWORKS, (upgraded, copy.deepcopy(model)), strict=True)), data, job, args, before)
+
+
+def fine_tuned(
+    networks: dict[str, nn.Module], data: Data, job: Job, args: argparse.Namespace, before: list[float]
+) -> Trial:
+    """Train both networks on with the same images in the same order."""
+    curves, seconds, right = {}, {}, {}
+    for name, network in networks.items():
+        cell = args.cell if name == "regulated" else "none"
+        said = f"seed {job.options.seed}, {name}"
+        options = replace(job.options, cell=cell, epochs=args.finetune_epochs, rate=args.rate / 10, name=said)
+        tuned = Job(options, options.plan(), job.at, job.out.parent / name)
+        history = fit(network, data, tuned).history
+        curves[name] = [entry["top1"] for entry in history]
+        seconds[name] = sum(entry["seconds"] for entry in history)
+        found, truth = predictions(network, data, tuned)
+        right[name] = found == truth
+    sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+    return Trial(job.options.seed, before, curves, seconds, sizes, right)
+
+
+def compared(trials: Sequence[Trial]) -> Difference:
+    """Return regulated minus plain, seed by seed."""
+    reports = {
+        name: [{"options": {"seed": one.seed}, "top1": one.curves[name][-1]} for one in trials] for name in NETWORKS
+    }
+    found = difference(reports["regulated"], reports["plain"])
+    assert found is not None, "both were trained with every seed"
+    return found
+
+
+def verdict(trials: Sequence[Trial]) -> str:
+    """Return in words whether the difference is more than chance."""
+    found = compared(trials)
+    count = len(trials[0].right["plain"])
+    gained, lost = (
+        ", ".join(str((one.right[a] & ~one.right[b]).sum().item()) for one in trials)
+        for a, b in (NETWORKS, NETWORKS[::-1])
+    )
+    images = f"Of {count} test images, regulated alone has {gained} right, plain alone {lost}"
+    images += " (a number for each seed)." if len(trials) > 1 else "."
+    points = f"Regulated minus plain: {found.mean:+.2f} points"
+    if found.pairs < 2:
+        return f"{points}; one seed cannot be told from chance, give --seeds 3. {images}"
+    if found.low is None or found.high is None:
+        return f"{points} with each of {found.pairs} seeds. {images}"
+    word = "more than chance" if found.low > 0 or found.high < 0 else "no more than chance"
+    return f"{points}, 95 % interval {found.low:+.2f} to {found.high:+.2f} over {found.pairs} seeds: {word}. {images}"
+
+
+def summary(trials: Sequence[Trial]) -> str:
+    """Return the figures as a table, means over the seeds."""
+    lines = [f"{'network':<10} {'parameters':>11} {'before':>8} {'after':>8} {'seconds':>8}"]
+    before = statistics.mean(one.before[-1] for one in trials)
+    for name in NETWORKS:
+        after = statistics.mean(one.curves[name][-1] for one in trials)
+        seconds = statistics.mean(one.seconds[name] for one in trials)
+        lines.append(f"{name:<10} {trials[0].parameters[name]:>11,} {before:>7.2f}% {after:>7.2f}% {seconds:>8.1f}")
+    return "\n".join(lines)
+
+
+def draw(path: Path, trials: Sequence[Trial]) -> None:
+    """Draw the curves of every seed, and the differences with their interval."""
+    figure, (whole, differences) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for one in trials:
+        start = len(one.before)
+        whole.plot(range(1, start + 1), one.before, color="grey", label="training" if one is trials[0] else None)
+        for name, style in zip(NETWORKS, ("C0o-", "C1s--"), strict=True):
+            curve = [one.before[-1], *one.curves[name]]
+            whole.plot(
+                range(start, start + len(curve)), curve, style, alpha=0.6, label=name if one is trials[0] else None
+            )
+    whole.set(xlabel="epoch", ylabel="test accuracy (%)", title="Every seed")
+    whole.legend()
+    found = compared(trials)
+    pairs = [one.curves["regulated"][-1] - one.curves["plain"][-1] for one in trials]
+    differences.axhline(0, color="grey", linewidth=1)
+    differences.plot([one.seed for one in trials], pairs, "o", label="each seed")
+    reach = None if found.low is None or found.high is None else (found.high - found.low) / 2
+    label = "mean" if reach is None else "mean, 95 % interval"
+    differences.errorbar([len(trials)], [found.mean], yerr=reach, fmt="ks", capsize=5, label=label)
+    # An axis as narrow as an image would make much of nothing.
+    widest = max(1.0, *(abs(value) for value in differences.get_ylim()))
+    differences.set(
+        xticks=range(len(trials) + 1), xticklabels=[*(str(one.seed) for one in trials), "all"], ylim=(-widest, widest),
+        xlabel="seed", ylabel="points", title="Test accuracy, regulated minus plain",
+    )  # fmt: skip
+    differences.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -130,61 +193,36 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="a timm name; without it the CIFAR-style ResNet-20")
     parser.add_argument("--pretrained", action="store_true", help="start from timm's weights")
     parser.add_argument("--data", help="an image folder; without it scikit-learn's digits")
+    parser.add_argument("--size", type=int, default=224, help="of the images of a folder, in pixels")
+    parser.add_argument("--subset", type=int, help="train on so many images, balanced over the classes")
     parser.add_argument("--cell", default="lstm", choices=("rnn", "gru", "lstm"))
     parser.add_argument("--epochs", type=int, default=6, help="of training before the upgrade")
     parser.add_argument("--finetune-epochs", type=int, default=4, help="of fine-tuning, for both networks")
-    parser.add_argument("--rate", type=float, default=0.1, help="learning rate; fine-tuning takes a tenth")
+    parser.add_argument("--rate", type=float, default=0.1, help="peak learning rate; fine-tuning takes a tenth")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/upgrade"), help="folder for the figure")
+    parser.add_argument("--seeds", type=int, default=3, help="how often all of it is done")
+    parser.add_argument("--out", type=Path, default=Path("runs/upgrade"), help="folder for figure and checkpoints")
     args = parser.parse_args()
     if bool(args.model) != bool(args.data):
         parser.error("--model and --data go together: a timm name and the image folder to fine-tune it on")
-    if args.data and not (Path(args.data) / "train").is_dir():
-        parser.error(f"no folder {args.data}/train; --data takes a folder with train/CLASS/*.jpg and val/CLASS/*.jpg")
+    if min(args.seeds, args.epochs, args.finetune_epochs) < 1:
+        parser.error("--seeds, --epochs and --finetune-epochs take 1 or more")
     return args
 
 
-def prepare(args: argparse.Namespace) -> tuple[nn.Module, Data]:
-    if not args.model:
-        return cifar_resnet(20, in_channels=1), digits(args.batch, args.seed)
-    import timm
-
-    data = folder(args.data, args.model, args.batch, args.workers)
-    return timm.create_model(args.model, pretrained=args.pretrained, num_classes=data.classes), data
-
-
-def main() -> None:
+def main() -> int:
     args = arguments()
-    torch.manual_seed(args.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, data = prepare(args)
-    model.to(device)
-    before = train(model, data, args.epochs, args.rate, device, "training")
-
-    upgraded = regulate.regulate(model, cell=args.cell, seed=args.seed)
-    print(regulate.plan(model, cell=args.cell, input_size=next(iter(data.test))[0].shape[1:]), end="\n\n")
-    old, truth = predictions(model, data, device)
-    new, _ = predictions(upgraded, data, device)
-    print(f"predictions that the upgrade changed: {(old != new).sum().item()} of {len(truth)}\n")
-
-    results, curves = [], {}
-    for label, network in (("regulated", upgraded), ("plain", copy.deepcopy(model))):
-        torch.manual_seed(args.seed)
-        if isinstance(data.train, DataLoader) and data.train.generator is not None:
-            data.train.generator.manual_seed(args.seed)
-        began = time.perf_counter()
-        curves[label] = train(network, data, args.finetune_epochs, args.rate / 10, device, f"fine-tuning {label}")
-        size = sum(p.numel() for p in network.parameters())
-        results.append((label, size, before[-1], curves[label][-1], time.perf_counter() - began))
-    print(f"{'network':<10} {'parameters':>11} {'before':>8} {'after':>8} {'seconds':>8}")
-    for label, size, first, last, seconds in results:
-        print(f"{label:<10} {size:>11,} {first:>7.2f}% {last:>7.2f}% {seconds:>8.1f}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    draw_curves(args.out / "curves.png", before, curves)
-    print(f"\ncurves: {args.out / 'curves.png'}")
+    try:
+        with place(None) as at:
+            trials = [trial(args, seed, at) for seed in range(args.seeds)]
+    except (regulate.RegulateError, ValueError, RuntimeError, OSError) as error:
+        print(f"upgrade_backbone.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    draw(args.out / "curves.png", trials)
+    print(f"\n{summary(trials)}\n\n{verdict(trials)}\n\ncurves: {args.out / 'curves.png'}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.image import imread, imsave
 from timm import create_model
 
@@ -17,6 +18,10 @@ from regulate import plan
 from regulate.named import load_model
 
 from .zoo import COUNTS
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+import upgrade_backbone
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,13 +80,55 @@ def test_the_example_upgrades_a_timm_backbone_on_an_image_folder(tmp_path):
                 noise = np.random.default_rng(index).integers(0, 40, (40, 40, 3))
                 imsave(folder / f"{index}.png", (noise + level).astype(np.uint8))
     done = example(
-        *("--model", "resnet18", "--data", str(tmp_path / "data"), "--batch", "4", "--epochs", "1"),
-        *("--finetune-epochs", "1", "--out", str(tmp_path / "out")),
+        *("--model", "resnet18", "--data", str(tmp_path / "data"), "--batch", "3", "--epochs", "1"),
+        *("--finetune-epochs", "1", "--out", str(tmp_path / "out"), "--size", "64", "--subset", "6", "--seeds", "2"),
     )
     assert done.returncode == 0, done.stderr
-    assert "predictions that the upgrade changed: 0 of 8" in done.stdout
+    assert done.stdout.count("predictions that the upgrade changed: 0 of 8") == 2
+    assert "seed 1, regulated: epoch   1 of 1" in done.stdout, "progress is lines, as a log file shows them"
+    assert re.search(
+        r"Regulated minus plain: \S+ points.* 2 seeds.* Of 8 test images, .* number for each seed", done.stdout
+    )
     assert re.search(r"regulated\s+[\d,]+\s+[\d.]+%", done.stdout)
     assert not_blank(tmp_path / "out" / "curves.png")
+
+
+def trials(*pairs, images=100):
+    """Trials with so many test images right, regulated and plain."""
+    return [
+        upgrade_backbone.Trial(
+            seed,
+            [50.0],
+            {"regulated": [100 * a / images], "plain": [100 * b / images]},
+            {"regulated": 2.0, "plain": 1.0},
+            {"regulated": 20, "plain": 10},
+            {"regulated": torch.arange(images) < a, "plain": torch.arange(images) >= images - b},
+        )
+        for seed, (a, b) in enumerate(pairs)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "words"),
+    [
+        ([(90, 80), (91, 80), (92, 82)], "+10.33 points, 95 % interval +8.90 to +11.77 over 3 seeds: more than chance"),
+        ([(80, 90), (80, 91), (82, 92)], "-10.33 points, 95 % interval -11.77 to -8.90 over 3 seeds: more than chance"),
+        ([(90, 80), (80, 91), (85, 84)], ": no more than chance"),
+        ([(90, 80)], "+10.00 points; one seed cannot be told from chance"),
+        ([(90, 80), (90, 80)], "+10.00 points with each of 2 seeds"),
+    ],
+)
+def test_the_example_says_whether_a_difference_is_chance(pairs, words, tmp_path):
+    made = trials(*pairs)
+    assert words in upgrade_backbone.verdict(made)
+    upgrade_backbone.draw(tmp_path / "curves.png", made)
+    assert not_blank(tmp_path / "curves.png")
+
+
+def test_the_example_counts_the_images_that_differ():
+    assert "Of 100 test images, regulated alone has 20, 10 right, plain alone 10, 9 " in upgrade_backbone.verdict(
+        trials((90, 80), (91, 90))
+    )
 
 
 FAMILIES = (ROOT / "docs" / "families.md").read_text()

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Subset
 
 from . import store
 from .images import Images
-from .sources import MissingDataError
+from .sources import DataError, MissingDataError
 
 NAMES = ("digits", "cifar10", "cifar100", "fashion_mnist", "imagefolder")
 _STATISTICS = {
@@ -52,6 +52,7 @@ def load(
     size: int = 224,
     cache: str | None = None,
     like: str | None = None,
+    model: str | None = None,
 ) -> Data:
     """Load a data set.
 
@@ -62,6 +63,7 @@ def load(
         seed: chooses the subset.
         size: of the images of an image folder, in pixels.
         cache: folder where CIFAR and Fashion-MNIST are kept as arrays; without it `root`.
+        model: a timm name, whose mean, deviation and interpolation the images of a folder get.
         like: "cifar10" gives grey images three channels and a black margin up to 32x32.
 
     Raises:
@@ -72,7 +74,7 @@ def load(
     if name == "digits":
         data = _digits()
     elif name == "imagefolder":
-        data = _folder(root, size)
+        data = _folder(root, size, model)
     else:
         data = _stored(name, Path(root or "data"), Path(cache) if cache else None)
     if like == "cifar10":
@@ -118,22 +120,35 @@ def _enlarged(images: Images) -> Images:
     return replace(images, pixels=pixels, mean=mean, deviation=deviation)
 
 
-def _folder(root: str | None, size: int) -> Data:
+def _folder(root: str | None, size: int, model: str | None) -> Data:
     """root/train/CLASS/*.jpg and root/val/CLASS/*.jpg, with timm's transforms."""
     from timm.data import create_transform
     from torchvision.datasets import ImageFolder
 
-    splits = [Path(root or "data") / split for split in ("train", "val")]
-    for split in splits:
-        if not split.is_dir():
-            raise MissingDataError(
-                f"no folder {split}: --data takes a folder with train/CLASS/*.jpg and val/CLASS/*.jpg"
-            )
-    train, test = (
-        ImageFolder(str(split), create_transform(size, is_training=split.name == "train", no_aug=False))
-        for split in splits
-    )
+    folder, look = Path(root or "data"), _look(model)
+    try:
+        train = ImageFolder(str(folder / "train"), create_transform(size, is_training=True, **look))
+        test = ImageFolder(str(_test_folder(folder)), create_transform(size, **look))
+    except FileNotFoundError as error:
+        raise MissingDataError(f"{error}; --data takes a folder with train/CLASS/*.jpg and val/CLASS/*.jpg") from error
+    if train.classes != test.classes:
+        raise DataError(f"train and test images in {folder} have other classes: {train.classes} and {test.classes}")
     return Data(train, test, len(train.classes), 3, size)
+
+
+def _test_folder(folder: Path) -> Path:
+    found = [folder / name for name in ("val", "validation", "test") if (folder / name).is_dir()]
+    return found[0] if found else folder / "val"
+
+
+def _look(model: str | None) -> dict[str, Any]:
+    """Mean, deviation and interpolation of a timm model."""
+    from timm import get_pretrained_cfg
+    from timm.data import resolve_data_config
+
+    known = get_pretrained_cfg(model) if model else None
+    config = resolve_data_config({}, pretrained_cfg=known.to_dict()) if known else {}
+    return {name: config[name] for name in ("mean", "std", "interpolation") if name in config}
 
 
 def _part(split: Any, count: int, seed: int) -> Split:

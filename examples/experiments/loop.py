@@ -21,7 +21,7 @@ from regulate.archive import replaced
 from regulate.watch import GradientWatch
 
 from . import batches, record
-from .data import load
+from .data import Data, load
 from .networks import build
 from .options import Options, Recipe
 from .place import Place, place
@@ -160,10 +160,33 @@ def train(options: Options) -> dict[str, Any]:
 
 
 def _train(job: Job) -> dict[str, Any]:
+    data = data_of(job.options)
+    model = build(job.options, data).to(job.at.device)
+    run = fit(model, data, job)
+    report = _report(run, job)
+    if job.at.rank == 0:
+        _write(report, model, job.out)
+    return report
+
+
+def data_of(options: Options) -> Data:
+    """Load the data that a run asks for."""
+    return load(
+        options.dataset,
+        options.data,
+        options.subset,
+        options.seed,
+        options.size,
+        options.cache,
+        options.like,
+        options.model.removeprefix("timm/") if options.model.startswith("timm/") else None,
+    )
+
+
+def fit(model: nn.Module, data: Data, job: Job) -> Run:
+    """Train a network that is on the device already, with a checkpoint in the job's folder after every epoch."""
     options, recipe, at = job.options, job.recipe, job.at
-    data = load(options.dataset, options.data, options.subset, options.seed, options.size, options.cache, options.like)
     train_batches, test_batches = batches.training(data, options, at), batches.testing(data, options, at)
-    model = build(options, data).to(at.device)
     if options.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     run = Run(model, _optimizer(model, recipe), [], _asked(options, recipe))
@@ -175,10 +198,7 @@ def _train(job: Job) -> dict[str, Any]:
     network = _prepared(model, job)
     for number in range(len(run.history), recipe.epochs):
         _one_epoch(run, network, train_batches, test_batches, job, number)
-    report = _report(run, job)
-    if at.rank == 0:
-        _write(report, model, job.out)
-    return report
+    return run
 
 
 def _asked(options: Options, recipe: Recipe) -> dict[str, Any]:

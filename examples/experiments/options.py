@@ -43,6 +43,7 @@ RECIPES = {
     "paper": PAPER,
     "short": Recipe(0.2, 128, 10, decay=5e-4, nesterov=True, rise=0.25),
     "imagenet": Recipe(0.06, 128, 90, (50, 70)),  # section IV-B
+    "upgrade": Recipe(0.1, 64, 6, nesterov=True, rise=0.1),  # of upgrade_backbone.py
     "digits": Recipe(0.1, 32, 40, (25, 35)),
 }
 _RECIPE_OF = {"digits": "digits", "imagefolder": "imagenet"}
