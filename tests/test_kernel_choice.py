@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
+import threading
 from pathlib import Path
 
 import pytest
@@ -58,6 +61,103 @@ def test_an_unknown_form_is_an_error():
         kernels.use("fast"),
     ):
         pass
+
+
+def test_tasks_that_take_turns_each_have_their_own(fast):
+    cell, order = ConvLSTMCell(4), []
+
+    async def run(form, steps):
+        with kernels.use(form):
+            for _ in range(steps):
+                await asyncio.sleep(0)
+                cell(X)
+                order.append(kernels.setting())
+
+    async def both():
+        # The first to begin is the first to end.
+        await asyncio.gather(run("aten", 2), run("reference", 4), run("native", 3))
+        assert kernels.setting() == "auto"
+
+    asyncio.run(both())
+    assert order == ["aten", "reference", "native"] * 2 + ["reference", "native", "reference"]
+    assert fast == ["aten", "native", "aten", "native", "native"]
+    assert kernels.setting() == "auto"
+
+
+def test_generators_that_take_turns_leave_nothing_behind():
+    def run(form):
+        with kernels.use(form):
+            yield
+
+    first, second, third = run("aten"), run("reference"), run("aten")
+    for one in (first, second, third):
+        next(one)
+    first.close()
+    assert kernels.setting() == "aten"  # the third one's
+    third.close()
+    assert kernels.setting() == "reference"
+    second.close()
+    assert kernels.setting() == "auto"
+
+
+def test_a_block_that_ends_elsewhere_is_no_error():
+    """A generator that is dropped may be closed in another task's context."""
+    one = kernels.use("aten")
+    contextvars.copy_context().run(one.__enter__)
+    assert kernels.setting() == "auto"
+    with kernels.use("reference"):
+        one.__exit__(None, None, None)
+        assert kernels.setting() == "reference"
+
+
+def test_another_thread_is_not_concerned():
+    inside, seen, done = threading.Event(), threading.Event(), threading.Event()
+    found = []
+
+    def other():
+        inside.wait(10)
+        found.append(kernels.setting())
+        with kernels.use("reference"):
+            seen.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with kernels.use("aten"):
+        inside.set()
+        seen.wait(10)
+        found.append(kernels.setting())
+    found.append(kernels.setting())
+    done.set()
+    thread.join()
+    assert found == ["auto", "aten", "auto"]
+
+
+@pytest.mark.skipif(TorchVersion(torch.__version__) < "2.7", reason="compiled cells are the readable ones there")
+def test_compiled_code_follows_it_from_outside_and_inside():
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append("light_step" in graph.code)
+        return graph
+
+    def inside(x):
+        with kernels.use("reference"):
+            h, _ = cell(x)
+        return h + cell(x)[0]
+
+    cell = ConvLSTMCell(4)
+    expected = cell(X)[0]
+    outside = torch.compile(cell, backend=backend, fullgraph=True)
+    outside(X)
+    with kernels.use("reference"):
+        assert torch.allclose(outside(X)[0], expected, atol=1e-6)
+    outside(X)
+    assert calls == ([True, False] if TorchVersion(torch.__version__) >= "2.15" else [True])
+    calls.clear()
+    assert torch.allclose(torch.compile(inside, backend=backend, fullgraph=True)(X), 2 * expected, atol=1e-6)
+    assert calls == [True]  # one of the two steps
+    assert kernels.setting() == "auto"
 
 
 def hooked(cell):

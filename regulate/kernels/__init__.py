@@ -8,7 +8,7 @@
 
 `"auto"` takes the first that fits the tensors at hand, and the reference where none does: dense kernels, maps
 that are not two-dimensional, tensor subclasses, function transforms, tracing and export. A setting for the
-process is the environment variable REGULATE_KERNELS, one for a while is `use`.
+process is the environment variable REGULATE_KERNELS, one for a while and for this thread or task is `use`.
 """
 
 from .choose import CHOICES, setting, use

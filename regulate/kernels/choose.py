@@ -5,30 +5,54 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from . import gpu, library
 
 CHOICES = ("auto", "native", "triton", "aten", "reference")
 
-_setting = os.environ.get("REGULATE_KERNELS", "auto")
-if _setting not in CHOICES:
-    raise ValueError(f"REGULATE_KERNELS must be one of {', '.join(CHOICES)}; it is {_setting!r}")
+_DEFAULT = os.environ.get("REGULATE_KERNELS", "auto")
+if _DEFAULT not in CHOICES:
+    raise ValueError(f"REGULATE_KERNELS must be one of {', '.join(CHOICES)}; it is {_DEFAULT!r}")
+
+
+class _Use:
+    """One `with use(...)`, told from another one with the same choice."""
+
+    def __init__(self, choice: str) -> None:
+        self.choice = choice
+
+
+# All that have begun and not ended here, the latest last. Of generators that take turns the first may end first: each
+# takes out its own.
+_uses: ContextVar[tuple[_Use, ...]] = ContextVar("regulate.kernels.use", default=())
+
+# The latest in code that torch.compile is tracing, which cannot set a context variable.
+_traced: str | None = None
 
 
 def setting() -> str:
-    """The form that is asked for, one of `CHOICES`."""
-    return _setting
+    """The form that is asked for here, one of `CHOICES`."""
+    if _traced is not None and torch.compiler.is_compiling():
+        return _traced
+    return _asked()
+
+
+def _asked() -> str:
+    uses = _uses.get()
+    return uses[-1].choice if uses else _DEFAULT
 
 
 @contextmanager
 def use(choice: str) -> Iterator[None]:
     """Runs the body's steps in the given form, where the tensors allow it, and else in the readable one.
 
-    Process-wide, like the environment variable REGULATE_KERNELS. A compiled model keeps the form that it
-    was compiled with until it is compiled again.
+    In this thread, or this task of an event loop, and not in others; the environment variable REGULATE_KERNELS is
+    for all of the process. With torch before 2.15 a compiled model keeps the form that it was compiled with.
 
     Args:
         choice: `"auto"`, `"native"`, `"triton"`, `"aten"` or `"reference"`.
@@ -45,14 +69,28 @@ def use(choice: str) -> Iterator[None]:
         >>> torch.allclose(fast, slow, atol=1e-6)
         True
     """
-    global _setting
     if choice not in CHOICES:
         raise ValueError(f"a kernel is one of {', '.join(CHOICES)}; got {choice!r}")
-    before, _setting = _setting, choice
+    if torch.compiler.is_compiling():
+        with _tracing(choice):
+            yield
+        return
+    own = _Use(choice)
+    _uses.set((*_uses.get(), own))
     try:
         yield
     finally:
-        _setting = before
+        _uses.set(tuple(one for one in _uses.get() if one is not own))
+
+
+@contextmanager
+def _tracing(choice: str) -> Iterator[None]:
+    global _traced
+    before, _traced = _traced, choice
+    try:
+        yield
+    finally:
+        _traced = before
 
 
 def choose(cell: str, x: Tensor, state: tuple[Tensor, ...] | None, weights: Sequence[Tensor], gates: int) -> str | None:
@@ -66,7 +104,8 @@ def choose(cell: str, x: Tensor, state: tuple[Tensor, ...] | None, weights: Sequ
         gates: how many gates they hold in all.
     """
     tensors = (x, *(state or ()), *weights)
-    if _setting == "reference" or not _plain(tensors):
+    asked = setting()
+    if asked == "reference" or not _plain(tensors):
         return None
     compiling = torch.compiler.is_compiling()
     # First what is being traced: its shapes are not to be looked at.
@@ -75,7 +114,7 @@ def choose(cell: str, x: Tensor, state: tuple[Tensor, ...] | None, weights: Sequ
     device = x.device.type
     mixed = torch.is_autocast_enabled(device) if device in ("cpu", "cuda") else False
     same = all(t.dtype == x.dtype for t in tensors)
-    wanted = CHOICES[1:] if _setting == "auto" else (_setting,)
+    wanted = CHOICES[1:] if asked == "auto" else (asked,)
     if "native" in wanted and device == "cpu" and same and not mixed and x.dtype == torch.float32 and _native():
         return "native"
     if "triton" in wanted and device == "cuda" and _triton(compiling):
@@ -88,8 +127,8 @@ def choose(cell: str, x: Tensor, state: tuple[Tensor, ...] | None, weights: Sequ
 def eager_on_cpu(*tensors: Tensor) -> bool:
     """Whether these are plain float tensors on the CPU, to be computed with now, and fast forms are on."""
     return (
-        _setting != "reference"
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and setting() != "reference"
         and _plain(tensors)
         and tensors[0].device.type == "cpu"
         and all(t.dtype == tensors[0].dtype for t in tensors)
@@ -101,7 +140,9 @@ def eager_on_cpu(*tensors: Tensor) -> bool:
 
 def native_here(*tensors: Tensor) -> bool:
     """Whether the native kernels may compute with these tensors now, outside compiling."""
-    return _setting in ("auto", "native") and eager_on_cpu(*tensors) and tensors[0].dtype == torch.float32 and _native()
+    return (
+        eager_on_cpu(*tensors) and setting() in ("auto", "native") and tensors[0].dtype == torch.float32 and _native()
+    )
 
 
 def _plain(tensors: Sequence[Tensor]) -> bool:
@@ -159,3 +200,5 @@ def _triton(compiling: bool) -> bool:
 # torch.compiler.assume_constant_result does, but that imports the compiler, a second for everybody.
 _native._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
+if TorchVersion(torch.__version__) < "2.15":  # whose compiler can neither read a context variable nor guard it
+    _asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
