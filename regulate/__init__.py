@@ -26,7 +26,7 @@ from .freeze import freeze_backbone
 from .guard import is_regulated
 from .plan import Block, Plan, Skipped, Stage
 from .pretrained import from_pretrained, save_pretrained
-from .switch import disabled
+from .rewrite.disable import disabled
 
 __version__ = "0.1.0"
 

@@ -6,15 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from .apply import prepare
 from .config import RegulatorConfig
-from .errors import UnsupportedModelError
 from .freeze import release
-from .guard import MARK, check_regulated, holders, regulators
+from .guard import check_regulated, regulators, unwrapped
 from .plan import Plan
 from .planner import draw
+from .rewrite.install import check_removable, prepare, uninstall
 from .skeleton import duplicate
-from .stage import uninstall
 
 Cell = str | Callable[[int], nn.Module]
 
@@ -84,7 +82,8 @@ def regulate(
     drawn = draw(model, options)
     drawn.warn_if_wide()
     target = model if inplace else duplicate(model)
-    return prepare(model, drawn, options).install(target, inplace=True)
+    prepare(unwrapped(model), drawn, options).install(unwrapped(target))
+    return target
 
 
 def plan(
@@ -146,7 +145,8 @@ def unregulate(model: nn.Module) -> nn.Module:
 
     Raises:
         NotRegulatedError: there are no regulators.
-        UnsupportedModelError: another tool has changed the class of a holder since.
+        UnsupportedModelError: another tool has changed the class of a regulated module since, or the model is a
+            part of a stage.
 
     Example:
         >>> from torchvision.models import resnet18
@@ -154,16 +154,9 @@ def unregulate(model: nn.Module) -> nn.Module:
         False
     """
     check_regulated(model)
-    held = list(holders(model))
-    for path, holder in held:
-        if MARK not in vars(type(holder)):
-            raise UnsupportedModelError(
-                f"another tool, such as fully_shard or parametrize, has changed the class of {path or 'the model'} "
-                f"since it was regulated, to {type(holder).__name__}; undo that first"
-            )
+    check_removable(model)
     release(model)
-    for _, holder in held:
-        uninstall(holder)
+    uninstall(model)
     return model
 
 

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from .apply import prepare
 from .archive import read, write
 from .cells import CELLS
 from .config import RegulatorConfig
@@ -25,8 +24,10 @@ from .fit import (
     layout,
 )
 from .fold import is_folded
-from .guard import MARK, check_model, check_regulated, holders, regulators, unwrapped
+from .guard import check_model, check_regulated, regulators, unwrapped
 from .planner import draw
+from .rewrite.install import prepare
+from .rewrite.record import containers
 from .skeleton import duplicate
 from .undo import all_or_nothing, is_expanded
 
@@ -112,7 +113,7 @@ def load(model: nn.Module, path: File, *, inplace: bool = False) -> nn.Module:
         config = RegulatorConfig.from_dict(record["config"])
         drawn = draw(model, config)
         check_layout(record["plan"], layout([stage.blocks for stage in drawn.stages]))
-        prepared = prepare(model, drawn, config)
+        prepared = prepare(inner, drawn, config)
         base = inner.state_dict()
         if record["content"] == "regulator":
             kept = tuple(_checked(record["also"], base))
@@ -126,7 +127,7 @@ def load(model: nn.Module, path: File, *, inplace: bool = False) -> nn.Module:
     target = model if inplace else duplicate(model)
     try:
         with all_or_nothing(target) if inplace else nullcontext():
-            prepared.install(target, inplace=True)
+            prepared.install(unwrapped(target))
             _fill(unwrapped(target), tensors)
     except (CheckpointError, RuntimeError) as error:
         raise CheckpointError(
@@ -180,7 +181,7 @@ def _kind(value: Tensor) -> str:
 
 
 def _options(model: nn.Module) -> RegulatorConfig:
-    found = [getattr(type(holder), MARK).options for _, holder in holders(model)]
+    found = [record.options for _, _, record in containers(model)]
     if any(options != found[0] for options in found):
         raise CheckpointError(
             "a checkpoint holds one set of options, and parts of this model were regulated with different ones; "

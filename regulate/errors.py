@@ -28,7 +28,7 @@ class UnknownStageError(RegulateError, ValueError):
 
 
 class BlockCallError(RegulateError, RuntimeError):
-    """A block of a regulated stage was called by hand, without the stage that feeds its memory."""
+    """A regulated block was called without the blocks that feed its memory, or in a way that would lose it."""
 
 
 class CalibrationError(RegulateError, ValueError):

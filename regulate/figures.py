@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .inspect import Step, block_accuracy, gate_statistics, hidden_norm, outputs, record, similarity, stages
-from .switch import disabled
+from .rewrite.disable import disabled
 
 
 def draw(

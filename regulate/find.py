@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .trace import Shapes, Trace, is_convolution
+from .measure import Measured
+from .trace import Trace, is_convolution
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _ACTIVATIONS = {
@@ -62,11 +63,12 @@ class Dataflow:
 
     Args:
         traced: a trace.
-        shapes: what `trace.measure` found on it.
+        measured: what a run of it showed.
     """
 
-    def __init__(self, traced: Trace, shapes: Shapes) -> None:
-        self.traced, self.shapes = traced, shapes
+    def __init__(self, traced: Trace, measured: Measured) -> None:
+        self.traced, self.shapes, self.changed = traced, measured.shapes, measured.changed
+        shapes = self.shapes
         self.parents: dict[fx.Node, list[fx.Node]] = {}
         self.over: dict[fx.Node, fx.Node | None] = {}
         self.depth: dict[fx.Node, int] = {}
@@ -85,6 +87,10 @@ class Dataflow:
         """The shape of a tensor node, None for anything else."""
         found = self.shapes.get(node.name)
         return found if isinstance(found, tuple) else None
+
+    def is_changed(self, node: fx.Node, user: fx.Node) -> bool:
+        """Whether a tensor was changed in place between the node that made it and one that takes it."""
+        return (node.name, user.name) in self.changed
 
     def meet(self, a: fx.Node | None, b: fx.Node | None) -> fx.Node | None:
         """The nearest common dominator of two nodes; a node counts as its own."""

@@ -11,16 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError
-from .guard import MARK, holders
+from .paths import join
 from .plan import Block
-from .trace import join
+from .rewrite.classes import original
+from .rewrite.record import containers
 
 
 def identity(model: nn.Module) -> dict[str, str | None]:
     """Class name, and architecture if timm built it."""
-    original: type = getattr(type(model), "_regulate_original", type(model))
     card = getattr(model, "pretrained_cfg", None)
-    return {"class": original.__qualname__, "timm": card.get("architecture") if isinstance(card, Mapping) else None}
+    return {
+        "class": original(type(model)).__qualname__,
+        "timm": card.get("architecture") if isinstance(card, Mapping) else None,
+    }
 
 
 def blocks(model: nn.Module) -> list[tuple[Block, ...]]:
@@ -30,8 +33,8 @@ def blocks(model: nn.Module) -> list[tuple[Block, ...]]:
             replace(b, name=join(path, b.name), read=join(path, b.read), write=join(path, b.write))
             for b in stage.blocks
         )
-        for path, holder in holders(model)
-        for stage in getattr(type(holder), MARK).stages
+        for path, _, record in containers(model)
+        for stage in record.stages
     ]  # fmt: skip
 
 

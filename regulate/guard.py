@@ -2,55 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from .errors import AlreadyRegulatedError, NotRegulatedError, UnsupportedModelError
+from .errors import AlreadyRegulatedError, UnsupportedModelError
+from .rewrite.record import check_regulated, is_regulated, regulators
 
-# Set on the class of a rewritten holder: its `splice.Rewrite`.
-MARK = "_regulate_rewrite"
+__all__ = ["check_model", "check_regulated", "is_regulated", "regulators", "unwrapped"]
 
 # What FSDP and FSDP2 make of a module, by class name: where these live differs from one torch to the next.
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
-
-
-def holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Path and module of everything in the model that was rewritten."""
-    return ((path, module) for path, module in model.named_modules() if hasattr(type(module), MARK))
-
-
-def is_regulated(model: nn.Module) -> bool:
-    """Whether the model carries regulators.
-
-    Args:
-        model: any module.
-
-    Example:
-        >>> from regulate import regulate
-        >>> from torchvision.models import resnet18
-        >>> is_regulated(resnet18()), is_regulated(regulate(resnet18()))
-        (False, True)
-    """
-    return any(True for _ in holders(model))
-
-
-def regulators(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Path and module of every block's regulator, in the model's order of holders and blocks."""
-    for path, holder in holders(model):
-        for block in getattr(type(holder), MARK).blocks:
-            name = f"{block.name}.regulator"
-            yield (f"{path}.{name}" if path else name), holder.get_submodule(name)
-
-
-def check_regulated(model: nn.Module) -> None:
-    """Raises NotRegulatedError for a model without regulators."""
-    if not is_regulated(model):
-        raise NotRegulatedError(
-            f"this needs a regulated model, and {type(model).__name__} has no regulators; call regulate(model) first"
-        )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

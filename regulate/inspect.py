@@ -20,7 +20,7 @@ from .fit import blocks
 from .fusion import Fusion
 from .guard import check_regulated, regulators, unwrapped
 from .modes import in_mode
-from .switch import disabled
+from .rewrite.disable import disabled
 
 _GATES = {(ConvLSTMCell, "gates"): "ifgo", (ConvGRUCell, "gates"): "rz"}
 

@@ -1,10 +1,13 @@
-"""Running a model in a mode of one's own."""
+"""Running a model in another mode, or with fixed random numbers, for a while."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
+import torch
 from torch import nn
 
 
@@ -19,3 +22,22 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
         for module, mode in modes.items():
             # Not module.train(), which would reach into children and may be frozen.
             module.training = mode
+
+
+@contextmanager
+def fixed_random_state() -> Iterator[None]:
+    """Run the body with the same random numbers each time: Python's, numpy's and those of torch's CPU generator.
+
+    Their states are put back after it.
+    """
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            random.seed(0)
+            np.random.seed(0)
+            # Not torch.manual_seed, which would seed the GPU generators as well.
+            torch.default_generator.manual_seed(0)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)

@@ -14,13 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 
 from .find import Dataflow
+from .skeleton import has_hooks
 
 # What keeps a map inside the range it came in: averages, maxima, blurs with non-negative taps.
 _POOLS = {F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
 _POOLS |= {F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
+# What multiplies by a factor that is positive; alpha dropout shifts besides.
+_RESCALING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_SUMS = tuple(kind for name in ("LPPool1d", "LPPool2d", "LPPool3d") if (kind := getattr(nn, name, None)))
 # Closed modules of other libraries that torch's own classes do not tell, by qualified name.
 _POOL_CLASSES = {"timm.layers.blur_pool.BlurPool2d", "timm.layers.pool2d_same.AvgPool2dSame"}
 _DROP_CLASSES = {"timm.layers.drop.DropBlock2d", "timm.layers.drop.DropPath", "torchvision.ops.drop_block.DropBlock2d"}
@@ -74,15 +77,18 @@ def has_running_statistics(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and module.running_mean is not None
 
 
-def origin(flow: Dataflow, node: fx.Node) -> Origin:
+def origin(flow: Dataflow, node: fx.Node, user: fx.Node | None = None) -> Origin:
     """Follows a tensor back to the norm that made it.
 
     Args:
         flow: the dataflow that the node is part of.
         node: a tensor of shape (N, C, H, W).
+        user: a node that takes it; if it was changed in place before, nothing is known.
     """
     unknown = Origin("none", (Source((flow.shape(node) or (0, 0))[1]),))
-    if node not in flow.parents or not flow.parents[node]:
+    if user is not None and flow.is_changed(node, user):
+        return unknown
+    if not flow.parents.get(node) or any(flow.is_changed(before, node) for before in flow.parents[node]):
         return unknown
     module = flow.traced.module(node)
     if module is not None:
@@ -91,18 +97,33 @@ def origin(flow: Dataflow, node: fx.Node) -> Origin:
 
 
 def _through_module(flow: Dataflow, node: fx.Node, module: nn.Module, unknown: Origin) -> Origin:
+    if "forward" in vars(module):
+        return unknown
+    known = _through_class(flow, node, module, unknown)
+    # A hook may change what the module puts out.
+    return replace(known, fixed_point="none") if has_hooks(module) else known
+
+
+def _through_class(flow: Dataflow, node: fx.Node, module: nn.Module, unknown: Origin) -> Origin:
     before = flow.parents[node][0]
     if is_norm(module):
         return _norm(flow, node, module, unknown)
     name = f"{type(module).__module__}.{type(module).__qualname__}"
-    if isinstance(module, nn.Identity) or type(module).__module__ == nn.MaxPool2d.__module__ or name in _POOL_CLASSES:
+    if isinstance(module, nn.Identity) or _is_pool(module) or name in _POOL_CLASSES:
         return origin(flow, before)
-    if isinstance(module, _DropoutNd) or name in _DROP_CLASSES:
+    if isinstance(module, _RESCALING) or name in _DROP_CLASSES:
         return _rescaled(origin(flow, before), gates=0)
     if type(module).__module__ == nn.ReLU.__module__:
         fixed = "hardtanh" if _is_plain_hardtanh(module) else _FIXED_POINTS.get(type(module), "none")
         return _activated(origin(flow, before), fixed, f"module:{node.target}")
     return unknown
+
+
+def _is_pool(module: nn.Module) -> bool:
+    """Whether a module of torch's keeps a map inside the range it came in; sums of a window do not."""
+    if type(module).__module__ != nn.MaxPool2d.__module__ or isinstance(module, _SUMS):
+        return False
+    return getattr(module, "divisor_override", None) is None
 
 
 def _is_plain_hardtanh(module: nn.Module) -> bool:
@@ -126,7 +147,7 @@ def _through_function(flow: Dataflow, node: fx.Node, unknown: Origin) -> Origin:
     before, target = flow.parents[node][0], node.target
     if target in _FIXED_POINTS:
         return _activated(origin(flow, before), _FIXED_POINTS[target], _function_name(target))
-    if target in _POOLS or target in ("contiguous", "clone"):
+    if (target in _POOLS and not _divides(node)) or target in ("contiguous", "clone"):
         return origin(flow, before)
     if target in (F.dropout, F.dropout2d):
         return _rescaled(origin(flow, before), gates=0)
@@ -139,6 +160,11 @@ def _through_function(flow: Dataflow, node: fx.Node, unknown: Origin) -> Origin:
     if target is operator.getitem and flow.shapes.get(before.name) == "tuple":
         return _piece(flow, node, before, unknown)
     return unknown
+
+
+def _divides(node: fx.Node) -> bool:
+    """Whether an average has a divisor of its own, the last of its seven arguments."""
+    return node.kwargs.get("divisor_override") is not None or len(node.args) > 6
 
 
 def _function_name(target: Any) -> str:

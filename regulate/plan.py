@@ -52,10 +52,7 @@ class Stage:
     Args:
         name: what `stages=` calls it.
         index: its 0-based place among all stages of the network, in forward order.
-        holder: path of the smallest module that runs all its blocks; empty for the model itself.
-        method: the holder's method that runs them.
-        fixed: arguments of that method that are constants in this network, by name.
-        opened: paths of the modules whose code becomes part of the holder's.
+        container: path of the smallest module whose call runs all its blocks; empty for the model itself.
         blocks: the blocks, in forward order.
         grid: spatial size at the write points for the plan's input size.
         parameters: new parameters, those of the shared cell included.
@@ -64,10 +61,7 @@ class Stage:
 
     name: str
     index: int
-    holder: str
-    method: str
-    fixed: tuple[tuple[str, Any], ...]
-    opened: tuple[str, ...]
+    container: str
     blocks: tuple[Block, ...]
     grid: tuple[int, ...]
     parameters: int
@@ -167,9 +161,10 @@ def stage_from_dict(values: Mapping[str, Any]) -> Stage:
         )
         for block in values["blocks"]
     )
-    fixed = tuple((name, value) for name, value in values["fixed"])
-    listed = {name: tuple(values[name]) for name in ("grid", "opened")}
-    return Stage(**{**values, **listed, "blocks": blocks, "fixed": fixed})
+    # Plans of 0.1 said "holder", and how its code was to be generated.
+    container = values.get("container", values.get("holder"))
+    kept = {name: values[name] for name in ("name", "index", "parameters", "macs")}
+    return Stage(**kept, container=container, blocks=blocks, grid=tuple(values["grid"]))
 
 
 def _listed(value: Any) -> Any:

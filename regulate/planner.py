@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +15,12 @@ from .build import build_cell, build_fusion
 from .config import RegulatorConfig
 from .errors import NoBlocksError, UnknownStageError
 from .guard import check_model, unwrapped
+from .paths import common_prefix, relative
 from .plan import Block, Plan, Skipped, Stage
+from .site import Site
 from .skeleton import skeleton
-from .survey import Site, common_prefix, survey, wished_size
-from .trace import Call, constants, is_convolution, join, trace
+from .survey import survey, wished_size
+from .trace import is_convolution
 
 
 def draw(model: nn.Module, config: RegulatorConfig, input_size: int | Sequence[int] | None = None) -> Plan:
@@ -29,7 +31,7 @@ def draw(model: nn.Module, config: RegulatorConfig, input_size: int | Sequence[i
     seen = survey(bare, config, wished_size(model, input_size))
     if not seen.sites:
         raise NoBlocksError(_nothing_found(model, seen.skipped))
-    runs = [(run, _holder(bare, run)) for run in _chains(seen.sites)]
+    runs = [(run, _container(bare, run)) for run in _chains(seen.sites)]
     stages = _named(config, runs)
     chosen, left = _chosen(stages, config)
     if not chosen:
@@ -87,111 +89,26 @@ def _kind(site: Site) -> tuple[Any, ...]:
     return site.block.read_width, site.block.write_width, site.grid
 
 
-@dataclass(frozen=True)
-class _Holder:
-    """Where a stage is run: a module's path, its method, and that method's constant arguments."""
-
-    path: str
-    method: str = ""
-    fixed: tuple[tuple[str, Any], ...] = ()
-    opened: tuple[str, ...] = ()
-
-
-def _holder(bare: nn.Module, run: list[Site]) -> _Holder:
-    """The smallest module that runs all blocks of the stage and can be traced alone."""
-    common = common_prefix([site.block.name.split(".")[:-1] for site in run])
+def _container(bare: nn.Module, run: list[Site]) -> str:
+    """The smallest module whose call runs all blocks of the stage, once."""
     site = run[0]
-    while True:
-        path = ".".join(common)
-        calls = site.flow.traced.calls.get(path[len(site.root) :].lstrip("."), [])
-        if path == site.root or len(calls) == 1:
-            for method in ("forward_features", "forward"):
-                holder = _tried(bare, path, method, calls[0] if calls else None, run)
-                if holder is not None:
-                    return holder
-        if not common or path == site.root:
-            return _Holder(path)
-        common = common[:-1]
+    path = common_prefix([site.block.name.rpartition(".")[0] for site in run])
+    while path != site.root:
+        calls = site.flow.traced.calls.get(relative(path, site.root), [])
+        if len(calls) == 1 and "forward" not in vars(bare.get_submodule(path)):
+            break
+        path = path.rpartition(".")[0]
+    return path
 
 
-def _tried(bare: nn.Module, path: str, method: str, call: Call | None, run: list[Site]) -> _Holder | None:
-    """The holder, if the module's method can be traced and runs the blocks."""
-    module = bare.get_submodule(path)
-    if not hasattr(module, method) or (method != "forward" and not _forward_calls(module, method)):
-        return None
-    opened = _opened(path, run)
-    # What a module is called with is known of its forward alone.
-    fixed = constants(module, method, call if method == "forward" else None)
-    try:
-        made = trace(module, lambda _, at: at in opened, method=method, fixed=fixed)
-    except Exception:
-        return None
-    called = {join(path, str(node.target)) for node in made.graph.nodes if node.op == "call_module"}
-    complete = {site.block.write for site in run} <= called
-    paths = tuple(sorted(join(path, at) for at in opened))
-    return _Holder(path, method, tuple(fixed.items()), paths) if complete else None
-
-
-class _ReachedError(Exception):
-    """Raised in place of a method's body."""
-
-
-def _forward_calls(module: nn.Module, method: str) -> bool:
-    """Whether a skeleton's forward goes through another of its methods."""
-
-    def reached(*args: Any, **kwargs: Any) -> None:
-        raise _ReachedError
-
-    vars(module)[method] = reached
-    try:
-        trace(module)
-    except _ReachedError:
-        return True
-    except Exception:
-        return False
-    finally:
-        del vars(module)[method]
-    return False
-
-
-def _opened(holder: str, run: list[Site]) -> set[str]:
-    """The modules to look into, relative to the holder: those above a read or write point.
-
-    Where one of them takes a tuple, its code may ask for it, and a closed module would hand it a single
-    symbol in the tuple's place: then those that return one are opened as well.
-    """
-    points = {point for site in run for point in (site.block.read, site.block.write)}
-    opened = {above for point in points for above in _above(point, holder)}
-    site = run[0]
-    inside = {
-        path: calls
-        for at, calls in site.flow.traced.calls.items()
-        if (path := join(site.root, at)) != holder and path.startswith(holder and f"{holder}.")
-    }
-    if any(_is_tuple(arg) for at in opened for call in inside.get(join(holder, at), []) for arg in call.args):
-        makers = [path for path, calls in inside.items() if any(_is_tuple(call.result) for call in calls)]
-        opened |= {above for path in makers for above in _above(f"{path}.", holder)}
-    return opened
-
-
-def _above(point: str, holder: str) -> list[str]:
-    parts = point[len(holder) :].lstrip(".").split(".")
-    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
-
-
-def _is_tuple(value: Any) -> bool:
-    return isinstance(value, tuple | list)
-
-
-def _named(config: RegulatorConfig, runs: list[tuple[list[Site], _Holder]]) -> list[Stage]:
-    held = Counter(holder.path for _, holder in runs)
+def _named(config: RegulatorConfig, runs: list[tuple[list[Site], str]]) -> list[Stage]:
+    held = Counter(container for _, container in runs)
     stages = []
-    for index, (run, holder) in enumerate(runs):
+    for index, (run, container) in enumerate(runs):
         blocks = tuple(site.block for site in run)
-        name = holder.path if holder.path and held[holder.path] == 1 else blocks[0].name
+        name = container if container and held[container] == 1 else blocks[0].name
         parameters, macs = _count(config, blocks, math.prod(run[0].grid))
-        place = (holder.path, holder.method, holder.fixed, holder.opened)
-        stages.append(Stage(name, index, *place, blocks, run[0].grid, parameters, macs))
+        stages.append(Stage(name, index, container, blocks, run[0].grid, parameters, macs))
     return stages
 
 
@@ -211,9 +128,7 @@ def _chosen(stages: list[Stage], config: RegulatorConfig) -> tuple[list[Stage], 
     wanted = _wanted(stages, config)
     chosen, left = [], []
     for stage in stages:
-        if not stage.method:
-            left.append(Skipped(stage.name, "no module that runs its blocks can be traced"))
-        elif wanted is None and len(stage.blocks) == 1:
+        if wanted is None and len(stage.blocks) == 1:
             left.append(Skipped(stage.name, _alone(stage, stages)))
         elif wanted is not None and stage.index not in wanted:
             left.append(Skipped(stage.name, "not among the stages asked for"))

@@ -15,6 +15,7 @@ from .checkpoint import load, save
 from .errors import CheckpointError, UnsupportedModelError, first_line
 from .fit import differences
 from .guard import check_regulated, unwrapped
+from .rewrite.classes import original
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -136,7 +137,7 @@ def _check_rebuilt(model: nn.Module, rebuilt: nn.Module) -> None:
 def _parts(model: nn.Module) -> dict[str, str]:
     parts = {}
     for path, module in model.named_modules():
-        kind: type = getattr(type(module), "_regulate_original", type(module))
+        kind = original(type(module))
         idle = kind is nn.Identity or "drop" in kind.__name__.lower()
         if not idle and "regulator" not in path.split("."):
             parts[path] = f"{kind.__name__}({module.extra_repr()})"

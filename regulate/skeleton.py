@@ -19,6 +19,8 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+# Marks what had forward hooks.
+_HOOKED = "_regulate_hooked"
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -41,6 +43,8 @@ def skeleton(model: nn.Module) -> nn.Module:
             f"{first_line(error)}; make the model copyable, for instance by removing live handles from its attributes"
         ) from error
     for module in copied.modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            vars(module)[_HOOKED] = True
         for name in _HOOKS:
             getattr(module, name, {}).clear()
         if getattr(module, "grad_checkpointing", False):
@@ -69,6 +73,11 @@ def duplicate(model: nn.Module) -> nn.Module:
             f"regulate changes a copy, but copy.deepcopy({type(model).__name__}) failed: {first_line(error)}; pass "
             "inplace=True, or remove what cannot be copied"
         ) from error
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Check whether a module of a skeleton has forward hooks in the model, which may change what it puts out."""
+    return _HOOKED in vars(module)
 
 
 def _weightless(tensor: Tensor, name: str) -> Tensor:

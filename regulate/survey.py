@@ -6,40 +6,25 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils.flop_counter import FlopCounterMode
 
 from .config import RegulatorConfig
 from .errors import first_line
+from .fidelity import checked, measure_odd
 from .find import Dataflow, Found, entering, find
 from .fusion import Norm
+from .measure import Measured, measure
 from .origin import Source, has_running_statistics, is_norm, origin
+from .paths import common_prefix, join
 from .plan import Block, Skipped
-from .trace import Shapes, Trace, holds_convolution, is_convolution, join, measure, traces
+from .site import Site
+from .trace import Trace, holds_convolution, is_convolution, traces
 
 _DEFAULT_GRID = {1: (224,), 2: (224, 224), 3: (16, 112, 112)}
-_ODD = {1: (131,), 2: (97, 131), 3: (9, 49, 65)}
-
-
-@dataclass(frozen=True)
-class Site:
-    """A block that can be regulated, with what stages are made of.
-
-    Args:
-        block: its plan.
-        grid: spatial size at the write point.
-        found: its nodes.
-        flow: the dataflow they are part of.
-        root: path of the module that was traced.
-    """
-
-    block: Block
-    grid: tuple[int, ...]
-    found: Found
-    flow: Dataflow
-    root: str
 
 
 @dataclass(frozen=True)
@@ -87,12 +72,14 @@ def survey(bare: nn.Module, config: RegulatorConfig, wished: tuple[int, ...] | N
             skipped.append(Skipped(root, f"cannot be traced as a whole: {made}"))
             continue
         try:
-            shapes, image, cost = _measured(made, wished)
+            measured, image, cost = _measured(made, wished)
         except Exception as error:
             why = f"does not run at the planned input size: {first_line(error)}; give input_size="
             skipped.append(Skipped(root, why))
             continue
-        kinds = list(_blocks(Dataflow(made, shapes), root, config, _odd(made, image)))
+        odd = measure_odd(made, image)
+        kinds = list(_blocks(Dataflow(made, measured), root, config, None if odd is None else odd.shapes))
+        kinds = checked(kinds, made, measured, image, odd)
         if kinds:
             size, macs = size or image, macs + cost
         sites += [kind for kind in kinds if isinstance(kind, Site)]
@@ -104,7 +91,7 @@ def survey(bare: nn.Module, config: RegulatorConfig, wished: tuple[int, ...] | N
     return Survey(sites, left, size, macs)
 
 
-def _measured(made: Trace, wished: tuple[int, ...] | None) -> tuple[Shapes, tuple[int, ...], int]:
+def _measured(made: Trace, wished: tuple[int, ...] | None) -> tuple[Measured, tuple[int, ...], int]:
     """Shapes, the image size they hold for, and the multiply-adds of one image."""
     first = next((m for node in made.graph.nodes if isinstance(m := made.module(node), _ConvNd)), None)
     if first is None:
@@ -116,27 +103,19 @@ def _measured(made: Trace, wished: tuple[int, ...] | None) -> tuple[Shapes, tupl
     failure: Exception | None = None
     # What a network takes is what its first convolution takes, unless something rearranges the image before.
     for channels in dict.fromkeys((first.in_channels, 3, 1)):
-        with FlopCounterMode(display=False) as counter:
-            try:
-                shapes = measure(made, (2, channels, *grid))
-            except Exception as error:
-                failure = failure or error
-                continue
+        try:
+            with torch.no_grad():
+                measured = measure(made, (2, channels, *grid))
+        except Exception as error:
+            failure = failure or error
+            continue
         # Of two images, at two operations a multiply-add.
-        return shapes, (channels, *grid), counter.get_total_flops() // 4
+        return measured, (channels, *grid), measured.flops // 4
     assert failure is not None
     raise failure
 
 
-def _odd(made: Trace, image: tuple[int, ...]) -> Shapes | None:
-    """Shapes at an odd size, which tells poolings that round down; None where the model refuses it."""
-    try:
-        return measure(made, (2, image[0], *_ODD[len(image) - 1]))
-    except Exception:
-        return None
-
-
-def _blocks(flow: Dataflow, root: str, config: RegulatorConfig, odd: Shapes | None) -> Iterator[Site | Skipped]:
+def _blocks(flow: Dataflow, root: str, config: RegulatorConfig, odd: dict[str, Any] | None) -> Iterator[Site | Skipped]:
     found = find(flow)
     homes = [_home(flow, block) for block in found]
     shared = Counter(homes)
@@ -151,22 +130,12 @@ def _blocks(flow: Dataflow, root: str, config: RegulatorConfig, odd: Shapes | No
             yield Skipped(name or str(block.addition.name), reason or fitted)
 
 
-def common_prefix(paths: Sequence[list[str]]) -> list[str]:
-    """The leading parts that all paths share."""
-    common = paths[0]
-    for path in paths[1:]:
-        agree = next((i for i, (a, b) in enumerate(zip(common, path, strict=False)) if a != b), len(path))
-        common = common[:agree]
-    return common
-
-
 def _home(flow: Dataflow, block: Found) -> str:
     """The innermost module that runs the addition and the branch's convolutions."""
-    scopes = [node.meta["scope"].split(".") for node in (block.addition, *block.convolutions)]
-    common = common_prefix(scopes)
-    while common and ".".join(common) not in flow.traced.calls:
-        common.pop()
-    return ".".join(common)
+    home = common_prefix([node.meta["scope"] for node in (block.addition, *block.convolutions)])
+    while home and home not in flow.traced.calls:
+        home = home.rpartition(".")[0]
+    return home
 
 
 def _unfit(flow: Dataflow, block: Found, home: str, residuals: int, targets: Counter[str]) -> str:
@@ -185,7 +154,7 @@ def _unfit(flow: Dataflow, block: Found, home: str, residuals: int, targets: Cou
 
 
 def _fitted(
-    flow: Dataflow, found: Found, root: str, home: str, config: RegulatorConfig, odd: Shapes | None
+    flow: Dataflow, found: Found, root: str, home: str, config: RegulatorConfig, odd: dict[str, Any] | None
 ) -> Site | str:
     assert found.read is not None and found.write is not None
     read, write = entering(found.read), entering(found.write)
@@ -198,7 +167,7 @@ def _fitted(
     steps = _steps(pairs)
     if steps is None:
         return f"the grids of its read and write points, {pairs[0][0]} and {pairs[0][1]}, differ by more than a stride"
-    known = origin(flow, write)
+    known = origin(flow, write, found.write)
     block = Block(
         name=join(root, home),
         read=join(root, _door(flow, found.read, home)),

@@ -1,4 +1,4 @@
-"""torch.fx traces: what runs after what, how large, and inside which module.
+"""torch.fx traces: what runs after what, and inside which module.
 
 Tracing runs a module's code, so it is done on skeletons only (`skeleton.py`).
 
@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .errors import first_line
-
-Shapes = dict[str, Any]
+from .modes import fixed_random_state
+from .paths import is_inside, join
 
 
 @dataclass(frozen=True)
@@ -66,24 +65,41 @@ def holds_convolution(module: nn.Module) -> bool:
 
 
 class _Proxy(fx.Proxy):
-    """Leaves `x += y` in place, as it was written; fx would make it an addition that allocates its result."""
+    """A symbol that passes for a tensor where code asks, and records what is done in place as such."""
 
-    def __iadd__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+    # `isinstance(x, Tensor)` and `torch.is_tensor(x)` take the way that a tensor takes.
+    __class__ = property(lambda self: Tensor)  # type: ignore[assignment]
+    _is_param = _is_buffer = False
+
+
+def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def record(self: fx.Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+# torch.fx would make an addition that allocates its result of `x += y`.
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul"):
+    setattr(_Proxy, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
 
 
 class _Tracer(fx.Tracer):
     """Opens what `opens` says; each node remembers in `meta["scope"]` the opened module it ran in."""
 
-    def __init__(self, opens: Callable[[nn.Module, str], bool], method: str, exits: bool) -> None:
+    def __init__(self, opens: Callable[[nn.Module, str], bool]) -> None:
         super().__init__()
-        self.opens, self.traced_func_name, self.exits = opens, method, exits
+        self.opens = opens
         self.stack = [""]
         self.calls: dict[str, list[Call]] = {}
         self.closed: dict[str, str] = {}
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        # Before torch.fx asks whether it is a tensor.
+        return a.node if type(a) is _Proxy else super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -103,76 +119,39 @@ class _Tracer(fx.Tracer):
             for node in reversed(list(self.graph.nodes)[before:]):
                 self.graph.erase_node(node)
             self.closed[path] = first_line(error)
-            self.calls = {name: made for name, made in self.calls.items() if not _inside(name, path)}
+            self.calls = {name: made for name, made in self.calls.items() if not is_inside(name, path)}
             self.stack.pop()
             return self.create_proxy("call_module", path, args, kwargs)
         self.stack.pop()
         made = Call(*_nodes((args, kwargs, result)))
         self.calls.setdefault(path, []).append(made)
-        return self._exit(path, args, kwargs, result) if self.exits else result
-
-    def _exit(self, path: str, args: Any, kwargs: Any, result: Any) -> Any:
-        """Calls the opened module with its true input and its finished result, so that its hooks see both."""
-        passed = self.create_proxy("call_module", path, (*args, result), kwargs)
-        if isinstance(result, tuple | list):
-            return type(result)(passed[i] for i in range(len(result)))  # type: ignore[index]
-        return passed
-
-
-def _inside(path: str, root: str) -> bool:
-    return path == root or path.startswith(f"{root}.")
+        return result
 
 
 def _nodes(value: Any) -> Any:
     return fx.node.map_aggregate(value, lambda leaf: leaf.node if isinstance(leaf, fx.Proxy) else leaf)
 
 
-def trace(
-    module: nn.Module,
-    opens: Callable[[nn.Module, str], bool] | None = None,
-    *,
-    method: str = "forward",
-    fixed: Mapping[str, Any] | None = None,
-    exits: bool = False,
-) -> Trace:
-    """Traces one method of a module.
+def trace(module: nn.Module, opens: Callable[[nn.Module, str], bool] | None = None) -> Trace:
+    """Traces a module's forward; optional arguments are constants at their defaults.
 
     Args:
         module: what to trace; a skeleton or a part of one, since tracing runs the module's code.
         opens: `(module, path) -> bool`, which submodules to look into; by default those that hold a
             convolution.
-        method: the method to trace.
-        fixed: arguments that are constants, by name; by default those with a default value.
-        exits: ends each opened module with a call of itself on its arguments and its result.
 
     Raises:
         Exception: whatever the module's own code raises when it is run symbolically.
     """
-    tracer = _Tracer(opens or (lambda m, _: holds_convolution(m)), method, exits)
-    known = constants(module, method) if fixed is None else dict(fixed)
-    graph = tracer.trace(module, concrete_args=known)
-    for node in graph.find_nodes(op="placeholder"):
-        # torch.fx renames the arguments that it was given as constants; callers may use their names.
-        if str(node.target).removesuffix("_1") in known:
-            node.target = str(node.target).removesuffix("_1")
+    tracer = _Tracer(opens or (lambda m, _: holds_convolution(m)))
+    with fixed_random_state():
+        graph = tracer.trace(module, concrete_args=_defaults(module))
     return Trace(module, graph, tracer.calls, tracer.closed)
 
 
-def constants(module: nn.Module, method: str, call: Call | None = None) -> dict[str, Any]:
-    """The arguments of a method that are constants in a call, or in one without optional arguments.
-
-    Args:
-        module: whose method it is.
-        method: its name.
-        call: how it is called; None leaves optional arguments at their defaults.
-    """
-    signature = inspect.signature(getattr(module, method))
-    if call is None:
-        values = {name: p.default for name, p in signature.parameters.items() if p.default is not p.empty}
-    else:
-        bound = signature.bind(*call.args, **call.kwargs)
-        bound.apply_defaults()
-        values = bound.arguments
+def _defaults(module: nn.Module) -> dict[str, Any]:
+    parameters = inspect.signature(module.forward).parameters
+    values = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
     return {
         name: value for name, value in values.items() if value is None or isinstance(value, bool | int | float | str)
     }
@@ -206,44 +185,3 @@ def traces(model: nn.Module) -> Iterator[tuple[str, Trace | str]]:
             for name, child in model.get_submodule(parent).named_children()
             if holds_convolution(child)
         ]
-
-
-def join(root: str, path: str) -> str:
-    """A path below a root, either of which may be empty."""
-    return f"{root}.{path}" if root and path else root or path
-
-
-class _Measure(fx.Interpreter):
-    """Runs a trace and notes each node's shape: a tuple, `"tuple"` or None."""
-
-    def __init__(self, traced: Trace) -> None:
-        super().__init__(fx.GraphModule(traced.root, traced.graph))
-        self.shapes: Shapes = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.shapes[n.name] = tuple(value.shape)
-        elif isinstance(value, tuple | list) and any(isinstance(part, Tensor) for part in value):
-            self.shapes[n.name] = "tuple"
-        return value
-
-
-def measure(traced: Trace, shape: tuple[int, ...]) -> Shapes:
-    """Runs the trace on the meta device: no arithmetic, shapes only.
-
-    Args:
-        traced: a trace of a skeleton.
-        shape: the input's, (N, C, H, W).
-
-    Returns:
-        For each node that holds a tensor its shape, for a tuple of tensors `"tuple"`, by node name.
-
-    Raises:
-        Exception: whatever the model raises on an input of this size.
-    """
-    dtype = next((p.dtype for p in traced.root.parameters() if p.is_floating_point()), torch.float32)
-    runner = _Measure(traced)
-    with torch.no_grad(), torch.device("meta"):
-        runner.run(torch.empty(shape, dtype=dtype, device="meta"))
-    return runner.shapes

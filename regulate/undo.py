@@ -29,7 +29,8 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         for module, original, contents in modules:
-            module.__class__ = original
+            # Not by the user's own __setattr__.
+            object.__setattr__(module, "__class__", original)
             _restore(module, contents)
         for tensor, value, flag in values:
             _put_back(tensor, value, flag)

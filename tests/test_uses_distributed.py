@@ -14,7 +14,7 @@ import torch
 import torch.distributed.fsdp
 from torch import nn
 
-from .uses import ONE, TIMM, regulated, use
+from .uses import TIMM, regulated, use
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,23 +59,10 @@ def test_fsdp(name):
     same_losses("fsdp_stage")
 
 
-BLOCKS = (
-    "the stage runs its blocks' layers itself, so FSDP gathers a block's weights too late "
-    "(pytorch/pytorch#109385); shard by stage"
-)
-
-
 @needs_fsdp2
-@use("distributed", "FSDP2: fully_shard by block", fails={ONE[0]: BLOCKS})
+@use("distributed", "FSDP2: fully_shard by block, two processes (gloo)")
 def test_fsdp_by_block(name):
     same_losses("fsdp_block")
-
-
-@needs_fsdp2
-def test_fsdp_by_block_raises_and_does_not_compute_something_else():
-    done = job("fsdp_block")
-    assert done.returncode != 0
-    assert "mixed torch.Tensor and DTensor" in done.stderr
 
 
 @use("distributed", "SyncBatchNorm.convert_sync_batchnorm: every norm, the new ones too", TIMM)

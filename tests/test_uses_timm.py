@@ -22,7 +22,6 @@ from regulate.verify import example_inputs, perturb
 from .helpers import param_groups_layer_decay, stir
 from .uses import TIMM, X, close, gradients, passing, plain, regulated, use
 
-BY_HAND = "its method calls blocks one by one, and a block needs the memory of those before it; take a hook instead"
 # Where timm's feature taps of the last three stages lie.
 TAPS = {
     "resnetv2_18": ["stages.1", "stages.2", "stages.3"],
@@ -44,7 +43,7 @@ def test_features_and_head(name):
         assert model.forward_head(features, pre_logits=True).shape == (2, model.num_features)
 
 
-@use("timm", "forward_intermediates", TIMM, {"dpn48b": BY_HAND})
+@use("timm", "forward_intermediates", TIMM)
 def test_intermediates(name):
     model = regulated(name)
     with torch.no_grad():
@@ -53,7 +52,7 @@ def test_intermediates(name):
         assert close(model.forward_head(last), model(X))
 
 
-@use("timm", "prune_intermediate_layers", TIMM, {"dpn48b": BY_HAND})
+@use("timm", "prune_intermediate_layers", TIMM)
 def test_prune(name):
     model = regulated(name)
     expected = passing(model, taps(name)[:2])
@@ -80,14 +79,11 @@ def test_features_only_before(name):
     assert new.feature_info.channels() == model.feature_info.channels()
 
 
-FLATTENED = "it takes the holder of all stages apart and calls its blocks one by one; FeatureHookNet takes it as it is"
-
-
-@use("timm", "regulate, then FeatureListNet", TIMM, {"dpn48b": FLATTENED})
+@use("timm", "regulate, then FeatureListNet", TIMM)
 def test_feature_list_net(name):
     model = regulated(name)
     expected = passing(model, taps(name))
-    flatten = name == "resnetv2_18"  # as timm itself does for this family
+    flatten = name in ("resnetv2_18", "dpn48b")  # as timm itself does for these families
     net = FeatureListNet(model, out_indices=(2, 3, 4), flatten_sequential=flatten)
     with torch.no_grad():
         assert close(net(X), expected)
@@ -104,7 +100,7 @@ def test_feature_hook_net(name):
         assert close(net(X), expected)
 
 
-@use("timm", "regulate, then FeatureGetterNet", TIMM, {"dpn48b": BY_HAND})
+@use("timm", "regulate, then FeatureGetterNet", TIMM)
 def test_feature_getter_net(name):
     model = regulated(name)
     expected = passing(model, taps(name))

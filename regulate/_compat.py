@@ -1,0 +1,82 @@
+"""Every private symbol of torch that the rewrite touches, with what happens where it is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def _symbol(path: str) -> Any:
+    """Look a symbol of torch up; None where this version has none."""
+    found: Any = torch
+    for name in path.split("."):
+        found = getattr(found, name, None)
+        if found is None:
+            return None
+    return found
+
+
+_tracing: Callable[[], bool] | None = _symbol("jit.is_tracing")
+_graph_task: Callable[[], int] | None = _symbol("_C._current_graph_task_id")
+_autograd_node: Callable[[], Any] | None = _symbol("_C._current_autograd_node")
+_sequence_number: Callable[[], int] | None = _symbol("autograd._get_sequence_nr")
+_saving_hooks: Callable[[bool], Any] | None = _symbol("_C._autograd._top_saved_tensors_default_hooks")
+
+_queue_callback: Callable[[Callable[[], None]], None] | None = _symbol(
+    "autograd.Variable._execution_engine.queue_callback"
+)
+
+
+def is_tracing() -> bool:
+    """Check whether torch.jit.trace records. Without the symbol: no."""
+    return _tracing is not None and bool(_tracing())
+
+
+def in_backward() -> bool:
+    """Check whether this thread runs a backward pass. Without the symbol: no."""
+    return _graph_task is not None and _graph_task() != -1
+
+
+def sequence_number() -> int:
+    """Return the number that autograd gives to this thread's next node. Without the symbol: 0."""
+    return _sequence_number() if _sequence_number is not None else 0
+
+
+def running_node_number() -> int:
+    """Return the sequence number of the node whose backward runs. Without the symbols: 0."""
+    number = getattr(_autograd_node() if _autograd_node is not None else None, "_sequence_nr", None)
+    return 0 if number is None else int(number())
+
+
+def saves_through_hooks() -> bool:
+    """Check whether saved tensors pass through hooks, as in non-reentrant checkpointing.
+
+    Without the symbol: yes, which keeps a reference to the state longer than needed.
+    """
+    if _saving_hooks is None:
+        return True
+    return _saving_hooks(True) is not None
+
+
+def after_backward(do: Callable[[], None]) -> None:
+    """Call a function at the end of the backward pass that this thread runs. Without the symbol: never."""
+    if _queue_callback is not None:
+        _queue_callback(do)
+
+
+def assign(owner: Any, name: str, value: Any) -> None:
+    """Set an attribute, also from compiled and checkpointed code, of an object that lives outside of it.
+
+    Without the symbol, torch.compile breaks its graph at a checkpointed block.
+    """
+    if torch.compiler.is_compiling():
+        # Imported here: torch's compiler takes more than a second to import.
+        from torch._dynamo import utils
+
+        allowed = getattr(utils, "_disable_side_effect_safety_checks_for_current_subtracer", None)
+        if allowed is not None:
+            allowed(setattr, owner, name, value)
+            return
+    setattr(owner, name, value)

@@ -1,0 +1,150 @@
+"""Whether a trace tells the truth about a block: its own code is run beside the trace, and the two compared.
+
+What a regulator takes from the trace is little, since the block's own code goes on to run: where memory is
+read and written, and which activation leaves the map at the write point as it is. A block whose code does
+not pass these points is refused; where a trace and the code differ otherwise, as on a branch that a symbol
+decides in its own way, the fusion goes without an activation, which is the identity for every map.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from .errors import first_line
+from .find import Dataflow, entering
+from .measure import Measured, Observed, agree, measure, observe
+from .modes import in_mode
+from .origin import origin
+from .paths import relative
+from .plan import Skipped
+from .site import Site
+from .trace import Trace, trace
+
+# Small and odd, so that what depends on the size shows.
+_ODD = {1: (131,), 2: (97, 131), 3: (9, 49, 65)}
+
+
+def odd_size(image: tuple[int, ...]) -> tuple[int, ...]:
+    """Return an image of odd size with the channels and axes of another one, both (C, H, W)."""
+    return (image[0], *_ODD[len(image) - 1])
+
+
+def checked(
+    kinds: Sequence[Site | Skipped], made: Trace, measured: Measured, image: tuple[int, ...], odd: Measured | None
+) -> list[Site | Skipped]:
+    """Refuse sites whose points the network's own code does not pass; drop activations that are in doubt.
+
+    Args:
+        kinds: what was found in a trace; what is skipped stays so.
+        made: the trace.
+        measured: its run at the planned size.
+        image: that size, (C, H, W).
+        odd: its run in train mode at the odd size; None if the network refuses that.
+    """
+    sites = [kind for kind in kinds if isinstance(kind, Site)]
+    if not sites:
+        return list(kinds)
+    try:
+        with torch.no_grad():
+            seen = observe(made, (2, *image), measured, _points(sites))
+    except Exception as error:
+        reason = f"its own code cannot be run beside its trace: {first_line(error)}"
+        return [Skipped(kind.block.name, reason) if isinstance(kind, Site) else kind for kind in kinds]
+    doubtful = _differing_in_training(sites, made, image, odd)
+    return [_verdict(kind, made, measured, seen, doubtful) if isinstance(kind, Site) else kind for kind in kinds]
+
+
+def _points(sites: Sequence[Site]) -> list[str]:
+    paths = [relative(path, site.root) for site in sites for path in (site.block.read, site.block.write)]
+    return list(dict.fromkeys(paths))
+
+
+def _home(site: Site) -> str:
+    return relative(site.block.name, site.root)
+
+
+def _verdict(site: Site, made: Trace, measured: Measured, seen: Observed, doubtful: set[str]) -> Site | Skipped:
+    reason = _missed(site, seen)
+    if reason:
+        return Skipped(site.block.name, f"{reason} {_location(made.root.get_submodule(_home(site)))}".rstrip())
+    if site.block.name in doubtful or not agree(measured, seen, _home(site)):
+        return replace(site, block=replace(site.block, activation="none"))
+    return site
+
+
+def _missed(site: Site, seen: Observed) -> str:
+    """Why the block's own code does not do what the trace says of its points; empty if it does."""
+    block, flow = site.block, site.flow
+    assert site.found.read is not None and site.found.write is not None
+    orders = []
+    for path, node in ((block.read, site.found.read), (block.write, site.found.write)):
+        passes = seen.passes[relative(path, site.root)]
+        if len(passes) != 1:
+            return f"in its trace it calls {path} once, in a real run {len(passes)} times"
+        order, shape = passes[0]
+        if shape != flow.shape(entering(node)):
+            return f"in its trace {path} takes a map {flow.shape(entering(node))}, in a real run {shape}"
+        orders.append(order)
+    return "" if orders[0] <= orders[1] else f"in a real run it calls {block.write} before {block.read}"
+
+
+def _location(module: nn.Module) -> str:
+    """File and line of a module's forward, where there is a text of it."""
+    try:
+        code = inspect.unwrap(type(module).forward).__code__
+    except AttributeError:
+        return ""
+    return f"({code.co_filename}:{code.co_firstlineno})"
+
+
+def measure_odd(made: Trace, image: tuple[int, ...]) -> Measured | None:
+    """Run a trace in train mode with gradients at an odd size; None where the model refuses it."""
+    with in_mode(made.root, True), torch.enable_grad():
+        try:
+            return measure(made, (2, *odd_size(image)))
+        except Exception:
+            return None
+
+
+def _differing_in_training(
+    sites: Sequence[Site], made: Trace, image: tuple[int, ...], odd: Measured | None
+) -> set[str]:
+    """The blocks about which a train-mode run with gradients tells something else, by name."""
+    size = image if odd is None else odd_size(image)
+    with in_mode(made.root, True), torch.enable_grad():
+        try:
+            measured = odd or measure(made, (2, *size))
+            seen = observe(made, (2, *size), measured, ())
+        except Exception:
+            return {site.block.name for site in sites}
+        differing = [site for site in sites if not agree(measured, seen, _home(site))]
+        return _unexplained(differing, made, size) if differing else set()
+
+
+def _unexplained(differing: Sequence[Site], made: Trace, size: tuple[int, ...]) -> set[str]:
+    """Those that differ from a trace made in train mode as well, or whose activation is another one there."""
+    try:
+        again = trace(made.root)
+        measured = measure(again, (2, *size))
+        seen = observe(again, (2, *size), measured, ())
+    except Exception:
+        return {site.block.name for site in differing}
+    flow = Dataflow(again, measured)
+    writes = {str(node.target): node for node in again.graph.nodes if node.op == "call_module"}
+    unexplained = set()
+    for site in differing:
+        write = writes.get(str(site.found.write and site.found.write.target))
+        same = write is not None and agree(measured, seen, _home(site))
+        if not same or origin(flow, entering(write), write).fixed_point != _fixed_point(site):  # type: ignore[arg-type]
+            unexplained.add(site.block.name)
+    return unexplained
+
+
+def _fixed_point(site: Site) -> str:
+    assert site.found.write is not None
+    return origin(site.flow, entering(site.found.write), site.found.write).fixed_point

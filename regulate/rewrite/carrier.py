@@ -1,0 +1,218 @@
+"""The memory on its way from block to block, while a forward pass lasts.
+
+The user's own `forward` runs. A block opens a `Frame` for the time of its call; the module at its read
+point leaves the map there, the module at its write point takes the fused map in its input's place. From
+one block to the next the state travels in a `Memory`, which a `Scope`, the running call of the container
+around the blocks, holds. Nothing is kept on a module, so threads and replicas do not meet.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from .._compat import assign, is_tracing
+from ..errors import BlockCallError
+
+State = tuple[Tensor, ...]
+
+
+class Chain:
+    """The identity of one stage in one network: its blocks, points and container refer to it.
+
+    A copied or unpickled network gets chains of its own; replicas and shallow copies share theirs.
+
+    Args:
+        name: what error messages call the stage.
+        length: how many blocks share the cell.
+    """
+
+    def __init__(self, name: str, length: int) -> None:
+        self.name, self.length = name, length
+        # Thread, begin and end of uses of `disabled`, in sequence numbers of autograd; see `disable.py`.
+        self.off_spans: tuple[tuple[int | None, int, int], ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Chain, (self.name, self.length)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A block's place in its chain, and how its read map comes to the write grid.
+
+    Args:
+        chain: the stage.
+        index: 0 for the first block, which owns the cell and begins the memory.
+        stride: for each spatial axis, how much finer the read grid is than the write grid.
+        crop: whether the subsampled map must be cut to the write grid.
+        read: path below the block of the module at the read point.
+        write: path below the block of the module at the write point.
+    """
+
+    chain: Chain
+    index: int
+    stride: tuple[int, ...]
+    crop: bool
+    read: str
+    write: str
+
+
+class Memory:
+    """The state of a chain behind one of its blocks.
+
+    Args:
+        chain: the stage.
+        cell: its shared cell, or a function that runs it.
+        state: what the cell returned last, None before the first step.
+        index: the block that ran last.
+        tracked: whether that block ran with gradients enabled.
+    """
+
+    def __init__(self, chain: Chain, cell: Any, state: State | None, index: int, tracked: bool) -> None:
+        self.chain, self.cell, self.state = chain, cell, state
+        self.index, self.tracked = index, tracked
+
+
+class Scope:
+    """A running call of a container: it holds the memories of its chains, and forgets them at its end.
+
+    Args:
+        outer: what ran before it on this thread.
+        chains: the stages that it runs.
+    """
+
+    place = None
+
+    def __init__(self, outer: Scope | Frame | None, chains: tuple[Chain, ...]) -> None:
+        self.outer, self.chains = outer, chains
+        self.memories: tuple[Memory, ...] = ()
+
+
+class Frame:
+    """A running call of a block.
+
+    Args:
+        outer: what ran before it on this thread.
+        place: the block's place.
+        regulator: the block's fusion.
+        cell: the chain's cell.
+        state: the state that entered the block.
+    """
+
+    def __init__(self, outer: Scope | Frame | None, place: Place, regulator: nn.Module, cell: Any, state: Any) -> None:
+        self.outer, self.place, self.regulator, self.cell = outer, place, regulator, cell
+        self.state: State | None = state
+        self.read: Tensor | None = None
+        self.fused = False
+
+
+class _Stack(threading.local):
+    """What runs on this thread: the innermost call, and memories of blocks that are called by hand."""
+
+    def __init__(self) -> None:
+        # In each thread anew. On the instance, not the class: torch.compile guards where an attribute lies.
+        self.top: Scope | Frame | None = None
+        self.loose: tuple[Memory, ...] = ()
+
+
+STACK = _Stack()
+
+
+def scope_of(chain: Chain) -> Scope | _Stack:
+    """Return the innermost running container of a chain; without one, the thread's loose memories."""
+    at = STACK.top
+    while at is not None:
+        if isinstance(at, Scope) and any(one is chain for one in at.chains):
+            return at
+        at = at.outer
+    return STACK
+
+
+def memory_of(chain: Chain) -> Memory | None:
+    """Return the memory of a chain, None if no block of it has run."""
+    scope = scope_of(chain)
+    for memory in scope.memories if isinstance(scope, Scope) else scope.loose:
+        if memory.chain is chain:
+            return memory
+    return None
+
+
+def keep(chain: Chain, memory: Memory | None) -> None:
+    """Replace the memory of a chain; None forgets it."""
+    scope = scope_of(chain)
+    name = "memories" if isinstance(scope, Scope) else "loose"
+    others = tuple(one for one in getattr(scope, name) if one.chain is not chain)
+    assign(scope, name, others if memory is None else (*others, memory))
+
+
+def frame_of(place: Place) -> Frame | None:
+    """Return the running call of a block, None if it does not run."""
+    at = STACK.top
+    while at is not None:
+        if at.place is not None and at.place is place:
+            return at  # type: ignore[return-value]
+        at = at.outer
+    return None
+
+
+def pass_read(frame: Frame, x: Any) -> None:
+    """Leave the map at the read point in the block's frame."""
+    if frame.read is None:
+        frame.read = x
+
+
+def pass_write(frame: Frame, x: Any) -> Any:
+    """Run one step of the memory and return the fused map: Eq. (2) and (3).
+
+    Args:
+        frame: the block's running call.
+        x: the map that enters the write point, (N, M, H, W).
+
+    Raises:
+        BlockCallError: the block's own code did not pass its read point before.
+    """
+    place = frame.place
+    if frame.fused:
+        raise BlockCallError(
+            f"a block is fused once, but block {place.index} of {place.chain.name} called the module at its write "
+            f"point, {place.write}, twice in one forward pass; unregulate(model) and leave that stage out with "
+            "stages=[...]"
+        )
+    if frame.read is None:
+        raise BlockCallError(
+            f"a block reads its memory before it writes, but block {place.index} of {place.chain.name} called "
+            f"{place.write} before {place.read}; unregulate(model) and leave that stage out with stages=[...]"
+        )
+    frame.fused = True
+    read = aligned(frame.read, x, place)
+    fused, frame.state = frame.regulator(x, frame.cell(read, _fitting(frame.state, read)))
+    return fused
+
+
+def aligned(read: Any, x: Any, place: Place) -> Any:
+    """Bring the read map to the write grid: every s-th position, as the original ResNet's stride computes."""
+    if any(step > 1 for step in place.stride):
+        read = read[(Ellipsis, *(slice(None, None, step) for step in place.stride))]
+    if place.crop:
+        read = read[(Ellipsis, *(slice(None, x.size(axis)) for axis in range(2, 2 + len(place.stride))))]
+    if _is_concrete(read) and read.shape[2:] != x.shape[2:]:
+        # At a size whose grids part by more than the planned stride.
+        read = F.interpolate(read, size=x.shape[2:])
+    return read
+
+
+def _fitting(state: State | None, read: Any) -> State | None:
+    """The entering state, or None where its maps have another shape: the memory begins anew there."""
+    if state is None or not _is_concrete(read) or state[0].shape == read.shape:
+        return state
+    return None
+
+
+def _is_concrete(x: Any) -> bool:
+    """Whether a shape may be asked for without a trace of the question in compiled or exported code."""
+    return not (torch.compiler.is_compiling() or is_tracing() or isinstance(x, fx.Proxy))

@@ -1,0 +1,107 @@
+"""Making subclasses of the user's own classes, for objects that change their class and nothing else.
+
+As `torch.nn.utils.parametrize` does. A subclass has the name of its original, wraps its `forward` where its role
+says so, and pickles as the original class.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import nn
+
+Forward = Callable[..., Any]
+
+# By role and original; the classes live as long as the process, as any class does.
+_made: dict[tuple[type, type], type] = {}
+
+
+class Part(nn.Module):
+    """Base of the roles that a module can be given. A role is mixed into the module's own class.
+
+    Attributes:
+        _regulate_run: wraps the module's forward, `run(module, forward, args, kwargs)`; None leaves it alone.
+    """
+
+    _regulate_run: Callable[..., Any] | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep the user's own `__init_subclass__` out, which may count or refuse subclasses."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle the original class and the roles; classes made here have no importable name."""
+        make, args, *rest = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
+        roles, own = _lineage(type(self))
+        return (_rebuilt, (roles, make, *(own if arg is type(self) else arg for arg in args)), *rest)
+
+
+def become(module: nn.Module, role: type[Part]) -> None:
+    """Give a module a role: its class becomes the subclass for it. In place."""
+    # Not by the user's own __setattr__.
+    object.__setattr__(module, "__class__", subclass(role, type(module)))
+
+
+def leave(module: nn.Module, role: type[Part]) -> None:
+    """Take a role from a module, if it has it and no other tool has changed its class since. In place."""
+    roles, own = _lineage(type(module))
+    if role in roles:
+        object.__setattr__(module, "__class__", _with_roles(own, [one for one in roles if one is not role]))
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Check whether no other tool has changed a module's class on top of its roles."""
+    return not isinstance(module, Part) or "_regulate_role" in vars(type(module))
+
+
+def original(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return a class without roles."""
+    return _lineage(cls)[1]
+
+
+def subclass(role: type[Part], own: type[nn.Module]) -> type[nn.Module]:
+    """Return the subclass of a class for a role, one for each pair."""
+    if (role, own) not in _made:
+        members: dict[str, Any] = {
+            "__module__": own.__module__,
+            "__qualname__": own.__qualname__,
+            "__doc__": own.__doc__,
+            "_regulate_role": role,
+            "_regulate_own": own,
+        }
+        if role._regulate_run is not None:
+            members["forward"] = _wrapping(own.forward, role._regulate_run)
+        _made[role, own] = type(own.__name__, (role, own), members)
+    return _made[role, own]
+
+
+def _wrapping(inner: Forward, run: Callable[..., Any]) -> Forward:
+    @functools.wraps(inner)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return run(self, inner, args, kwargs)
+
+    return forward
+
+
+def _lineage(cls: type) -> tuple[list[type[Part]], type]:
+    """The roles of a class, the first one first, and the class without them."""
+    roles: list[type[Part]] = []
+    while "_regulate_role" in vars(cls):
+        roles.insert(0, vars(cls)["_regulate_role"])
+        cls = vars(cls)["_regulate_own"]
+    return roles, cls
+
+
+def _with_roles(own: type[nn.Module], roles: list[type[Part]]) -> type[nn.Module]:
+    for role in roles:
+        own = subclass(role, own)
+    return own
+
+
+def _rebuilt(roles: list[type[Part]], make: Callable[..., nn.Module], *args: Any) -> nn.Module:
+    """What a pickle calls: the object as its own class makes it, then in its roles."""
+    made: nn.Module = args[0].__new__(*args) if make is copyreg.__newobj__ else make(*args)  # type: ignore[attr-defined]
+    object.__setattr__(made, "__class__", _with_roles(type(made), roles))
+    return made

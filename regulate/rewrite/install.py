@@ -1,0 +1,204 @@
+"""From a plan to a regulated network: first everything that can fail, then the edits, with their undo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..build import build_stage
+from ..config import RegulatorConfig
+from ..errors import UnsupportedModelError, first_line
+from ..fusion import Fusion
+from ..paths import relative
+from ..plan import Block, Plan, Stage
+from .carrier import Chain, Place
+from .classes import Part, become, is_plain, subclass
+from .record import PLACE, POINTS, RECORD, Point, Record, containers, place_of, regulated_blocks
+from .wrapped import Block as RegulatedBlock
+from .wrapped import Container, Pointed, mark, release
+
+Undo = list[Callable[[], None]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a rewrite needs, made without a change to the model.
+
+    Args:
+        plan: what is done.
+        fusions: the new modules, by path of their block.
+    """
+
+    plan: Plan
+    fusions: dict[str, Fusion]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the new tensors, under the names that they will have."""
+        return {
+            f"{block}.regulator.{key}": value
+            for block, fusion in self.fusions.items()
+            for key, value in fusion.state_dict().items()
+        }
+
+    def install(self, model: nn.Module) -> None:
+        """Carry the rewrite out, once. If that fails, everything that was done is undone.
+
+        Args:
+            model: the network that this was prepared for, without wrappers, or a copy of it.
+        """
+        undo: Undo = []
+        try:
+            for path, stages in _by_container(self.plan).items():
+                _install(model, path, stages, self.plan.options, self.fusions, undo)
+        except BaseException:
+            for step in reversed(undo):
+                step()
+            raise
+
+
+def prepare(model: nn.Module, plan: Plan, config: RegulatorConfig) -> Prepared:
+    """Build the modules that a plan asks for, and check that the model can take them.
+
+    Args:
+        model: the network that the plan was made for, without wrappers; only read.
+        plan: the plan.
+        config: the options it was made with.
+
+    Raises:
+        UnsupportedModelError: a block has something called `regulator`, or a module's class cannot be extended.
+        TypeError: a cell of the user's own breaks the cell protocol.
+    """
+    for block in plan.blocks:
+        module = model.get_submodule(block.name)
+        if hasattr(module, "regulator"):
+            raise UnsupportedModelError(
+                f"regulate adds a submodule called `regulator` to each block, and {block.name} "
+                f"({type(module).__name__}) has something of that name; rename it"
+            )
+        _check_class(module, RegulatedBlock, block.name)
+        for path in {block.read, block.write}:
+            _check_class(model.get_submodule(path), Pointed, path)
+    for path in {stage.container for stage in plan.stages}:
+        _check_class(model.get_submodule(path), Container, path)
+    fusions = {
+        block.name: fusion
+        for stage in plan.stages
+        for block, fusion in zip(stage.blocks, build_stage(model, stage, config), strict=True)
+    }
+    return Prepared(plan, fusions)
+
+
+def _check_class(module: nn.Module, role: type[Part], path: str) -> None:
+    """Try the class that a module will get, on an empty object of its class."""
+    own = type(module)
+    try:
+        object.__setattr__(own.__new__(own), "__class__", subclass(role, own))
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"regulate gives {path or 'the model'} a subclass of its class, and {own.__name__} does not allow it: "
+            f"{first_line(error)}; use a plain nn.Module subclass there, or leave that stage out with stages=[...]"
+        ) from error
+
+
+def _by_container(plan: Plan) -> dict[str, list[Stage]]:
+    held: dict[str, list[Stage]] = {}
+    for stage in plan.stages:
+        held.setdefault(stage.container, []).append(stage)
+    return held
+
+
+def _install(
+    model: nn.Module,
+    path: str,
+    stages: Iterable[Stage],
+    options: dict[str, Any],
+    fusions: dict[str, Fusion],
+    undo: Undo,
+) -> None:
+    """Regulate the stages of one container. In place; each edit is entered in `undo` before it is made."""
+    container = model.get_submodule(path)
+    stages = tuple(stages)
+    made = tuple(Chain(f"stage {stage.name}", len(stage.blocks)) for stage in stages)
+    for stage, chain in zip(stages, made, strict=True):
+        for index, block in enumerate(stage.blocks):
+            _install_block(model, block, Place(chain, index, *_geometry(block)), fusions[block.name], undo)
+    record = Record(tuple(_below(stage, path) for stage in stages), made, options)
+    undo.append(lambda: release(container, RECORD))
+    vars(container)[RECORD] = record
+    become(container, Container)
+
+
+def _install_block(model: nn.Module, block: Block, place: Place, fusion: Fusion, undo: Undo) -> None:
+    module = model.get_submodule(block.name)
+
+    def restore() -> None:
+        for point in _points(model, block):
+            release(point, POINTS)
+        release(module, PLACE)
+        module._modules.pop("regulator", None)
+
+    undo.append(restore)
+    # Not add_module: a class of the user's own may refuse or watch new attributes.
+    module._modules["regulator"] = fusion
+    vars(module)[PLACE] = place
+    become(module, RegulatedBlock)
+    for path in dict.fromkeys((block.read, block.write)):
+        mark(model.get_submodule(path), Point(place, path == block.read, path == block.write))
+
+
+def _points(model: nn.Module, block: Block) -> list[nn.Module]:
+    return [model.get_submodule(path) for path in dict.fromkeys((block.read, block.write))]
+
+
+def _geometry(block: Block) -> tuple[tuple[int, ...], bool, str, str]:
+    return block.stride, block.crop, relative(block.read, block.name), relative(block.write, block.name)
+
+
+def _below(stage: Stage, path: str) -> Stage:
+    """The stage in paths relative to its container; how the start was chosen is of no use any more."""
+    blocks = tuple(
+        replace(
+            block,
+            name=relative(block.name, path),
+            read=relative(block.read, path),
+            write=relative(block.write, path),
+            sources=(),
+        )
+        for block in stage.blocks
+    )
+    return replace(stage, blocks=blocks)
+
+
+def check_removable(model: nn.Module) -> None:
+    """Raise UnsupportedModelError where another tool has changed a class since, or for a part of a stage."""
+    whole = {id(chain) for _, _, record in containers(model) for chain in record.chains}
+    for path, block in regulated_blocks(model):
+        if id(vars(block)[PLACE].chain) not in whole:
+            raise UnsupportedModelError(
+                f"a stage is taken apart as a whole, and {path or 'this module'} is one block of "
+                f"{vars(block)[PLACE].chain.name}; call unregulate on the module that runs all of it"
+            )
+    for path, module in model.named_modules():
+        if not is_plain(module):
+            raise UnsupportedModelError(
+                f"another tool, such as fully_shard or parametrize, has changed the class of {path or 'the model'} "
+                f"since it was regulated, to {type(module).__name__}; undo that first"
+            )
+
+
+def uninstall(model: nn.Module) -> None:
+    """Give every object its class back and take the regulators out. In place; `check_removable` comes first."""
+    held = [module for _, module, _ in containers(model)]
+    blocks = [module for _, module in regulated_blocks(model)]
+    points = [module for module in model.modules() if POINTS in vars(module)]
+    for point in points:
+        release(point, POINTS)
+    for block in blocks:
+        assert place_of(block) is not None
+        release(block, PLACE)
+        del block._modules["regulator"]
+    for container in held:
+        release(container, RECORD)

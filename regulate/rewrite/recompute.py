@@ -1,0 +1,82 @@
+"""Gradient checkpointing by block: the state that entered a block, for its second run in the backward pass.
+
+Non-reentrant checkpointing runs a block again while the backward pass lasts and only its values count: the
+gradient flows through the graph of the first run. The state that entered the block is therefore noted where
+the second run finds it, on the storage of the block's input, which lives exactly as long as the checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from .._compat import after_backward, in_backward, running_node_number, saves_through_hooks, sequence_number
+from .carrier import Memory, Place
+
+_NOTES = "_regulate_notes"
+# An input that is used again and again keeps its last notes only.
+_KEPT = 4
+
+
+@dataclass(frozen=True)
+class _Note:
+    place: Place
+    number: int
+    memory: Memory
+
+
+def note(place: Place, memory: Memory, args: Any) -> None:
+    """Remember the memory that enters a block, if the block may be run again in the backward pass."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not saves_through_hooks():
+        return
+    storage = _storage(args)
+    if storage is not None:
+        state = None if memory.state is None else tuple(_leaf(part) for part in memory.state)
+        values = Memory(memory.chain, memory.cell, state, memory.index, memory.tracked)
+        notes = (*getattr(storage, _NOTES, ()), _Note(place, sequence_number(), values))
+        setattr(storage, _NOTES, notes[-_KEPT:])
+
+
+def _leaf(part: Tensor) -> Tensor:
+    # The second run saves for its backward what the first one saved only if the same tensors need gradients.
+    return part.detach().requires_grad_(part.requires_grad)
+
+
+def is_repeated() -> bool:
+    """Check whether the running call is a second one, in a backward pass."""
+    return not torch.compiler.is_compiling() and in_backward()
+
+
+def noted(place: Place, args: Any) -> Memory | None:
+    """Return the memory that entered a block in the run that is repeated; None outside of a backward pass."""
+    if not is_repeated() or not place.index:
+        return None
+    storage = _storage(args)
+    number = running_node_number()
+    notes = [one for one in getattr(storage, _NOTES, ()) if one.place is place]
+    before = [one for one in notes if not number or one.number <= number]
+    return before[-1].memory if before else None
+
+
+def forget_after_backward(memory: Memory) -> None:
+    """Empty a memory that a second run of blocks left behind, when the backward pass that asked for it ends."""
+
+    def forget() -> None:
+        memory.state, memory.cell, memory.index = None, None, memory.chain.length
+
+    after_backward(forget)
+
+
+def _storage(args: Any) -> Any:
+    """The storage of a block's first tensor."""
+    for leaf in tree_leaves(args):
+        if isinstance(leaf, Tensor) and not isinstance(leaf, fx.Proxy):
+            try:
+                return leaf.untyped_storage()
+            except (RuntimeError, NotImplementedError):  # tensors without one, as under torch.func
+                return None
+    return None

@@ -1,0 +1,100 @@
+"""What regulated modules carry beside their regulators, and finding it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..errors import NotRegulatedError
+from ..paths import join
+from ..plan import Stage
+from .carrier import Chain, Place
+
+# Attributes on instances, so that classes can be cached and copies carry them.
+PLACE = "_regulate_place"  # of a block: its `Place`
+POINTS = "_regulate_points"  # of a module at a read or write point: its `Point`s
+RECORD = "_regulate_record"  # of a container: its `Record`
+
+
+@dataclass(frozen=True)
+class Point:
+    """The role of a module at a read or write point.
+
+    Args:
+        place: its block's.
+        reads: whether the map that enters it feeds the memory.
+        writes: whether the fused map enters it instead.
+    """
+
+    place: Place
+    reads: bool
+    writes: bool
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was done below a container.
+
+    Args:
+        stages: the stages that it runs, their paths relative to it.
+        chains: the identity of each stage.
+        options: the plan's options.
+    """
+
+    stages: tuple[Stage, ...]
+    chains: tuple[Chain, ...]
+    options: dict[str, Any]
+
+
+def place_of(module: nn.Module) -> Place | None:
+    """Return the place of a regulated block, None for any other module."""
+    return vars(module).get(PLACE)
+
+
+def containers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Record]]:
+    """Yield path, module and record of everything in the model that runs regulated stages."""
+    for path, module in model.named_modules():
+        if RECORD in vars(module):
+            yield path, module, vars(module)[RECORD]
+
+
+def regulated_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield path and module of every regulated block."""
+    return ((path, module) for path, module in model.named_modules() if place_of(module) is not None)
+
+
+def chains(model: nn.Module) -> tuple[Chain, ...]:
+    """Return the chains that have a block in the model."""
+    found = {id(chain): chain for _, block in regulated_blocks(model) for chain in (vars(block)[PLACE].chain,)}
+    return tuple(found.values())
+
+
+def regulators(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield path and module of every block's regulator, in the model's order of blocks."""
+    return ((join(path, "regulator"), block.get_submodule("regulator")) for path, block in regulated_blocks(model))
+
+
+def is_regulated(model: nn.Module) -> bool:
+    """Check whether the model carries regulators.
+
+    Args:
+        model: any module.
+
+    Example:
+        >>> from regulate import regulate
+        >>> from torchvision.models import resnet18
+        >>> is_regulated(resnet18()), is_regulated(regulate(resnet18()))
+        (False, True)
+    """
+    return any(True for _ in regulated_blocks(model))
+
+
+def check_regulated(model: nn.Module) -> None:
+    """Raise NotRegulatedError for a model without regulators."""
+    if not is_regulated(model):
+        raise NotRegulatedError(
+            f"this needs a regulated model, and {type(model).__name__} has no regulators; call regulate(model) first"
+        )

@@ -1,0 +1,190 @@
+"""The roles of modules in a regulated network: block, container, module at a read or write point.
+
+Each wraps one call; the user's code inside stays as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from .._compat import assign
+from ..errors import BlockCallError
+from .carrier import STACK, Frame, Memory, Place, Scope, frame_of, keep, memory_of, pass_read, pass_write
+from .classes import Forward, Part, become, leave
+from .disable import is_off
+from .recompute import forget_after_backward, is_repeated, note, noted
+from .record import PLACE, POINTS, RECORD, Point
+
+
+class Pointed(Part):
+    """A module at a read or write point."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Hand the input over at a read point; take the fused map in its place at a write point."""
+        if STACK.top is not None and (args or kwargs):
+            for point in vars(self).get(POINTS, ()):
+                frame = frame_of(point.place)
+                if frame is not None:
+                    return _passed(super().__call__, point, frame, args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+
+def _passed(call: Forward, point: Point, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0] if args else next(iter(kwargs.values()))
+    if point.reads:
+        pass_read(frame, x)
+    if not point.writes:
+        return call(*args, **kwargs)
+    fused = pass_write(frame, x)
+    if args:
+        return call(fused, *args[1:], **kwargs)
+    return call(**{**kwargs, next(iter(kwargs)): fused})
+
+
+def run_container(self: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a container's own forward with memories that end with it, however it ends."""
+    record = vars(self).get(RECORD)
+    if record is None:  # a slice of a Sequential, made anew from its class
+        return forward(self, *args, **kwargs)
+    outer = STACK.top
+    assign(STACK, "top", Scope(outer, record.chains))
+    try:
+        return forward(self, *args, **kwargs)
+    finally:
+        assign(STACK, "top", outer)
+
+
+def run_block(self: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a block's own forward with a frame in which its read and write points meet."""
+    place: Place | None = vars(self).get(PLACE)
+    if place is None or is_off(place.chain):
+        return forward(self, *args, **kwargs)
+    _check_points(self, place)
+    regulator = self._modules["regulator"]
+    assert regulator is not None
+    repeated = noted(place, (args, kwargs))
+    entering = repeated or _entering(self, place, regulator, (args, kwargs))
+    outer = STACK.top
+    frame = Frame(outer, place, regulator, entering.cell, entering.state)
+    assign(STACK, "top", frame)
+    finished = False
+    try:
+        out = forward(self, *args, **kwargs)
+        finished = True
+    finally:
+        assign(STACK, "top", outer)
+        if not finished:
+            keep(place.chain, None)
+    _leave(place, Memory(place.chain, entering.cell, frame.state, place.index, torch.is_grad_enabled()))
+    return out
+
+
+def _entering(block: nn.Module, place: Place, regulator: nn.Module, args: Any) -> Memory:
+    """The memory that enters a block: the first one begins it, the others take it from the block before."""
+    if place.index == 0:
+        return Memory(place.chain, _lasting(regulator.cell, block), None, -1, True)
+    found = memory_of(place.chain)
+    if found is None or found.index >= place.index:
+        raise BlockCallError(_reentrant(place) if is_repeated() else _called_alone(place))
+    if torch.is_grad_enabled() and not found.tracked and _needs_gradient(args):
+        raise BlockCallError(_reentrant(place))
+    note(place, found, args)
+    return found
+
+
+def _lasting(cell: Any, block: nn.Module) -> Any:
+    """The cell as all blocks of the chain can call it.
+
+    FSDP gathers the weights of the first block, the cell's among them, while that block runs and frees them behind
+    it. The other blocks then compute with copies, through which the gradient flows back to the first block.
+    """
+    if not any(base.__name__ == "FSDPModule" for base in type(block).__mro__):
+        return cell
+    weights = {name: tensor.clone() for name, tensor in (*cell.named_parameters(), *cell.named_buffers())}
+    return lambda x, state: functional_call(cell, weights, (x, state))
+
+
+def _leave(place: Place, memory: Memory) -> None:
+    """Hand the memory to the next block; behind the last one it is gone."""
+    last = place.index + 1 == place.chain.length
+    keep(place.chain, None if last else memory)
+    if is_repeated() and not last:
+        forget_after_backward(memory)
+
+
+def _needs_gradient(args: Any) -> bool:
+    leaves = torch.utils._pytree.tree_leaves(args)
+    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves)
+
+
+def _called_alone(place: Place) -> str:
+    return (
+        f"block {place.index} of {place.chain.name} needs the memory of the blocks before it, and no block before it "
+        "has run in this pass; call the stage that holds it, or its blocks in order, or unregulate(model) first"
+    )
+
+
+def _reentrant(place: Place) -> str:
+    return (
+        f"the blocks before block {place.index} of {place.chain.name} ran without gradients, as reentrant gradient "
+        "checkpointing runs them, and the memory's gradient would be lost; use use_reentrant=False, or checkpoint the "
+        "whole stage"
+    )
+
+
+def _check_points(block: nn.Module, place: Place) -> None:
+    """Make sure that the modules at the points know it: another tool may have put its own in their place."""
+    for path in {place.read, place.write}:
+        module = block
+        for name in path.split("."):
+            child = module._modules.get(name)
+            if child is None:
+                raise BlockCallError(
+                    f"block {place.index} of {place.chain.name} reads and writes its memory at {path}, which is gone; "
+                    "call unregulate(model) before modules of a regulated block are removed"
+                )
+            module = child
+        if not any(point.place is place for point in vars(module).get(POINTS, ())):
+            _adopt(module, place, path)
+
+
+def _adopt(module: nn.Module, place: Place, path: str) -> None:
+    """Make a module that was put at a point after the rewrite, such as LoRA's, the module at that point."""
+    if torch.compiler.is_compiling():
+        raise BlockCallError(
+            f"the module at {path} of block {place.index} of {place.chain.name} was replaced after regulate(model); "
+            "run the network once outside of torch.compile, which lets the new one take part in the memory"
+        )
+    for inner in module.modules():
+        if any(point.place.chain is place.chain for point in vars(inner).get(POINTS, ())):
+            release(inner, POINTS)
+    mark(module, Point(place, path == place.read, path == place.write))
+
+
+def mark(module: nn.Module, point: Point) -> None:
+    """Give a module a role at a point. In place."""
+    vars(module)[POINTS] = (*vars(module).get(POINTS, ()), point)
+    if not isinstance(module, Pointed):
+        become(module, Pointed)
+
+
+class Block(Part):
+    """A regulated block: a call of it runs one step of the memory."""
+
+    _regulate_run = staticmethod(run_block)
+
+
+class Container(Part):
+    """A module that runs regulated stages: a call of it begins and ends their memory."""
+
+    _regulate_run = staticmethod(run_container)
+
+
+def release(module: nn.Module, attribute: str) -> None:
+    """Take one role from a module, and the attribute that goes with it. In place."""
+    vars(module).pop(attribute, None)
+    leave(module, {POINTS: Pointed, PLACE: Block, RECORD: Container}[attribute])

@@ -1,0 +1,27 @@
+"""A residual block that can be regulated, between finding it and planning its stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .find import Dataflow, Found
+from .plan import Block
+
+
+@dataclass(frozen=True)
+class Site:
+    """A block that can be regulated, with what stages are made of.
+
+    Args:
+        block: its plan.
+        grid: spatial size at the write point.
+        found: its nodes.
+        flow: the dataflow they are part of.
+        root: path of the module that was traced.
+    """
+
+    block: Block
+    grid: tuple[int, ...]
+    found: Found
+    flow: Dataflow
+    root: str
