@@ -28,6 +28,7 @@ def build(options: Options, data: Data) -> nn.Module:
         kernel=options.kernel,
         fusion=options.fusion,
         init=init,
+        norm=options.norm,
         stages=options.stages,
         seed=options.seed,
         inplace=True,

@@ -70,6 +70,7 @@ class Options:
     kernel: str = "light"
     fusion: str = "paper"
     init: str | None = None
+    norm: str = "auto"
     stages: tuple[str | int, ...] | None = None
     recipe: str | None = None
     epochs: int | None = None
@@ -123,6 +124,7 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     add("--cell", choices=("none", "rnn", "gru", "lstm"))
     add("--kernel", choices=("light", "dense"))
     add("--fusion", choices=("paper", "residual"))
+    add("--norm", choices=("auto", "batch", "group", "none"), help="of the fusion")
     add("--init", choices=("identity", "unit", "random"), help="random from scratch, else identity")
     add("--stages", nargs="+", help="names or indices, which start at 0: the paper's RegNet(1) is --stages 0")
     add("--recipe", choices=tuple(RECIPES), help="paper, or that of the data set; short: one cycle of 10 epochs")

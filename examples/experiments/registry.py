@@ -159,7 +159,7 @@ def transfer(images: int, epochs: int) -> Experiment:
 
 def places() -> Experiment:
     """Where the regulator sits and which kernel it has, the paper's Tables I and V."""
-    base = replace(CIFAR, subset=10_000, epochs=20)
+    base = replace(CIFAR, subset=10_000, epochs=20, test_every=5)
     arms = tuple(
         Arm(
             f"lstm, {kernel}, {'all stages' if stage is None else f'stage {stage}'}",
@@ -171,6 +171,25 @@ def places() -> Experiment:
     return Experiment("places", "Where and which, 10,000 images of CIFAR-10", (Arm("plain", base), *arms), 3)
 
 
+def why() -> Experiment:
+    """What the start, the fusion's norm and ReLU and the rate do: an exploration."""
+    base = replace(CIFAR, subset=5_000, epochs=20, test_every=5)
+    lstm = replace(base, cell="lstm", init="random")
+    starts = tuple(Arm(f"lstm, {init}", replace(lstm, init=init)) for init in ("random", "identity", "unit"))
+    fusions = (
+        Arm("lstm, random, no norm", replace(lstm, norm="none")),
+        Arm("lstm, random, neither norm nor relu", replace(lstm, fusion="residual", norm="none")),
+        Arm("lstm, random, residual", replace(lstm, fusion="residual")),
+    )
+    rates = tuple(
+        Arm(f"{name}, rate {rate:g}", replace(options, rate=rate))
+        for rate in (0.05, 0.1, 0.4)
+        for name, options in (("plain", base), ("lstm, random", lstm))
+    )
+    title = "Why: exploration on 5,000 images of CIFAR-10"
+    return Experiment("why", title, (Arm("plain", base), *starts, *fusions, *rates), 3)
+
+
 def smoke() -> Experiment:
     """Two minutes on scikit-learn's digits: whether everything runs, no evidence."""
     base = Options(subset=200, epochs=4, recipe="digits")
@@ -180,5 +199,6 @@ def smoke() -> Experiment:
 
 
 EXPERIMENTS = {
-    made.name: made for made in (scratch(), retrofit(), transfer(1_000, 30), transfer(5_000, 10), places(), smoke())
+    made.name: made
+    for made in (scratch(), retrofit(), transfer(1_000, 30), transfer(5_000, 10), places(), why(), smoke())
 }
