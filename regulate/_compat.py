@@ -1,11 +1,12 @@
-"""Every private symbol of torch that the rewrite touches, with what happens where it is missing."""
+"""Every private symbol of torch that the rewrite and the kernels touch, with what happens where it is missing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 
 def _symbol(path: str) -> Any:
@@ -27,6 +28,16 @@ _saving_hooks: Callable[[bool], Any] | None = _symbol("_C._autograd._top_saved_t
 _queue_callback: Callable[[Callable[[], None]], None] | None = _symbol(
     "autograd.Variable._execution_engine.queue_callback"
 )
+_dispatch_modes: Callable[[], int] | None = _symbol("_C._len_torch_dispatch_stack")
+_transforms: Callable[[], bool] | None = _symbol("_C._are_functorch_transforms_active")
+_forward_mode: Any = _symbol("autograd.forward_ad")
+_level_is_known = _symbol("autograd.forward_ad._current_level") is not None
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS_EVERYWHERE = tuple(f"_global{name}" for name in _HOOKS)
+_modules: Any = _symbol("nn.modules.module")
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def is_tracing() -> bool:
@@ -80,3 +91,34 @@ def assign(owner: Any, name: str, value: Any) -> None:
             allowed(setattr, owner, name, value)
             return
     setattr(owner, name, value)
+
+
+def operators_are_watched() -> bool:
+    """Check for a TorchDispatchMode: a FLOP counter, a policy of selective checkpointing. Without the symbol: yes."""
+    return _dispatch_modes is None or bool(_dispatch_modes())
+
+
+def function_transforms_are_active() -> bool:
+    """Check whether this runs inside vmap, grad or another transform of torch.func. Without the symbol: yes."""
+    return _transforms is None or bool(_transforms())
+
+
+def forward_mode_is_active() -> bool:
+    """Check whether this runs inside forward-mode differentiation. Without the symbol: yes."""
+    return not _level_is_known or bool(_forward_mode._current_level >= 0)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Check whether calling a module runs hooks, its own or those of all modules. Without the symbols: yes."""
+    own = any(getattr(module, name, True) for name in _HOOKS)
+    return own or any(getattr(_modules, name, True) for name in _HOOKS_EVERYWHERE)
+
+
+def constant_while_compiling(function: Function) -> Function:
+    """Mark a function that torch.compile calls while it traces, instead of tracing it.
+
+    The mark is all that `torch.compiler.assume_constant_result` sets, but that imports the compiler, which takes a
+    second. A compiler that does not know the mark traces the function, or breaks the graph there.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

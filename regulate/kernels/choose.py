@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
+from .. import _compat
 from . import gpu, library
 
 CHOICES = ("auto", "native", "triton", "aten", "reference")
@@ -168,7 +169,7 @@ def _fitting(cell: str, x: Tensor, state: tuple[Tensor, ...] | None, weights: Se
 
 def dispatched() -> bool:
     """Whether somebody looks at torch's operators as they run, a FLOP counter or a policy of checkpointing."""
-    return bool(torch._C._len_torch_dispatch_stack())
+    return _compat.operators_are_watched()
 
 
 def _exporting() -> bool:
@@ -178,17 +179,16 @@ def _exporting() -> bool:
 
 def _transformed() -> bool:
     """Tracing by torch.jit, vmap and the other function transforms, and forward-mode differentiation."""
-    return (
-        torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    return _compat.is_tracing() or _compat.function_transforms_are_active() or _compat.forward_mode_is_active()
 
 
+# These two look around on this machine.
+@_compat.constant_while_compiling
 def _native() -> bool:
     return library.why_not() is None
 
 
+@_compat.constant_while_compiling
 def _triton(compiling: bool) -> bool:
     # While torch.compile traces is no time to try a kernel: then only what has been tried already counts.
     if compiling and gpu.works.cache_info().currsize == 0:
@@ -196,9 +196,5 @@ def _triton(compiling: bool) -> bool:
     return gpu.works("cuda")
 
 
-# Not to be traced by torch.compile: they look around on this machine. The mark is all that
-# torch.compiler.assume_constant_result does, but that imports the compiler, a second for everybody.
-_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 if TorchVersion(torch.__version__) < "2.15":  # whose compiler can neither read a context variable nor guard it
-    _asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _compat.constant_while_compiling(_asked)
