@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -209,6 +210,22 @@ def test_a_stopped_run_goes_on(blow, tmp_path):
     assert done >= 2
     resumed = run(tmp_path / "run", "--cell", "rnn", "--epochs", str(done + 1), "--resume")
     assert figures(resumed) == figures(run(tmp_path / "whole", "--cell", "rnn", "--epochs", str(done + 1)))
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
+    run(tmp_path, "--epochs", "1")
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    command = [sys.executable, "-W", "ignore", "examples/train.py", *TINY, "--resume", "--epochs", "2"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # No file can grow beyond 64 KiB, as on a disk that is full.
+        capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16)),
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "checkpoint.pt cannot be written" in done.stderr
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "model.safetensors", "run.json"]
 
 
 def test_two_processes_train_on_the_recipes_batch(tmp_path):

@@ -45,8 +45,14 @@ class Run:
     def save(self, path: Path) -> None:
         """Write the checkpoint, wholly or not at all."""
         parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer")}
-        with replaced(path) as temporary:
-            torch.save({**parts, "history": self.history, "asked": self.asked}, temporary)
+        try:
+            with replaced(path) as temporary:
+                torch.save({**parts, "history": self.history, "asked": self.asked}, temporary)
+        except (OSError, RuntimeError) as error:
+            raise TrainingError(
+                f"{path} cannot be written ({str(error).splitlines()[0]}); make room, then --resume goes on from the "
+                "checkpoint before"
+            ) from error
 
     def load(self, path: Path) -> None:
         """Go on where the checkpoint was written; it must be of the same options."""

@@ -171,6 +171,14 @@ def places() -> Experiment:
     return Experiment("places", "Where and which, 10,000 images of CIFAR-10", (Arm("plain", base), *arms), 3)
 
 
+def paper(depth: int) -> Experiment:
+    """Table III with the paper's own recipe; for a GPU."""
+    base = Options(dataset="cifar10", recipe="paper", model=f"resnet{depth}", channels_last=True, test_every=10)
+    cells = (Arm(f"{cell}, random", replace(base, cell=cell, init="random")) for cell in ("gru", "lstm"))
+    title = f"ResNet-{depth} from scratch with the paper's recipe, CIFAR-10"
+    return Experiment(f"paper-{depth}", title, (Arm("plain", base), *cells), 3)
+
+
 def why() -> Experiment:
     """What the start, the fusion's norm and ReLU and the rate do: an exploration."""
     base = replace(CIFAR, subset=5_000, epochs=20, test_every=5)
@@ -198,7 +206,16 @@ def smoke() -> Experiment:
     return Experiment("smoke", "Smoke test on digits", arms, 2)
 
 
-EXPERIMENTS = {
-    made.name: made
-    for made in (scratch(), retrofit(), transfer(1_000, 30), transfer(5_000, 10), places(), why(), smoke())
-}
+_ALL = (
+    scratch(),
+    retrofit(),
+    transfer(1_000, 30),
+    transfer(5_000, 10),
+    places(),
+    why(),
+    paper(20),
+    paper(32),
+    paper(56),
+    smoke(),
+)
+EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
