@@ -64,8 +64,8 @@ def regulate(
     Raises:
         NoBlocksError: there is no residual block to regulate.
         UnknownStageError: `stages` names one that is not there; the message lists those that are.
-        UnsupportedModelError: DistributedDataParallel or FSDP is around it already, it is a scripted model, a
-            GraphModule, or no module.
+        UnsupportedModelError: DistributedDataParallel or FSDP is around it already, it is a scripted model,
+            or no module.
         AlreadyRegulatedError: the model has regulators.
         ValueError, TypeError: an option has a wrong value, or `config` came with other options.
 

@@ -76,7 +76,7 @@ def build_stage(model: nn.Module, stage: Stage, config: RegulatorConfig) -> list
             weight = next(p for p in model.get_submodule(block.write).parameters() if p.dim() > 1)
             # First the dtype, in whose rounding the start is exact, then the values, then the device.
             _start(fusion.to(weight.dtype), block, model, config.init)
-            fusions.append(fusion.to(weight.device).train(model.get_submodule(block.name).training))
+            fusions.append(fusion.to(weight.device).train(model.get_submodule(block.write).training))
     return fusions
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from .errors import AlreadyRegulatedError, UnsupportedModelError
 from .rewrite.record import check_regulated, is_regulated, regulators
@@ -52,11 +52,6 @@ def check_model(model: Any) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedModelError(
             "regulate reads Python code, got a ScriptModule; regulate the model before torch.jit"
-        )
-    if isinstance(model, fx.GraphModule):
-        raise UnsupportedModelError(
-            "regulate takes a network whose blocks are modules, got a GraphModule, in which they are inlined; "
-            "regulate the original network and trace the result"
         )
     if is_regulated(model):
         raise AlreadyRegulatedError(

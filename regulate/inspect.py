@@ -21,6 +21,7 @@ from .fusion import Fusion
 from .guard import check_regulated, regulators, unwrapped
 from .modes import in_mode
 from .rewrite.disable import disabled
+from .rewrite.record import check_blocks_are_called
 
 _GATES = {(ConvLSTMCell, "gates"): "ifgo", (ConvGRUCell, "gates"): "rz"}
 
@@ -76,7 +77,7 @@ def record(model: nn.Module, images: Tensor) -> dict[str, list[Step]]:
         >>> [step.block for step in steps["layer1.0"]], sorted(steps["layer1.0"][0].gates)
         (['layer1.0', 'layer1.1'], ['f', 'g', 'i', 'o'])
     """
-    check_regulated(model)
+    check_blocks_are_called(model)
     tape = _Tape()
     with in_mode(model, training=False), torch.no_grad(), _taping(unwrapped(model), tape):
         model(images)
@@ -205,11 +206,11 @@ def similarity(model: nn.Module, images: Tensor) -> dict[str, list[tuple[float, 
 
 def outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """The output of every regulated block, by its path."""
+    check_blocks_are_called(model)
     tape = _Tape()
-    inner = unwrapped(model)
     with in_mode(model, training=False), torch.no_grad(), ExitStack() as hooks:
         for name in (name for names in stages(model) for name in names):
-            hooks.callback(inner.get_submodule(name).register_forward_hook(_on_block(tape, name)).remove)
+            hooks.callback(unwrapped(model).get_submodule(name).register_forward_hook(_on_block(tape, name)).remove)
         model(images)
     return tape.outputs
 

@@ -131,7 +131,9 @@ def _blocks(flow: Dataflow, root: str, config: RegulatorConfig, odd: dict[str, A
 
 
 def _home(flow: Dataflow, block: Found) -> str:
-    """The innermost module that runs the addition and the branch's convolutions."""
+    """The innermost module that runs a block's addition and convolutions; in a graph, that holds the convolutions."""
+    if isinstance(flow.traced.root, fx.GraphModule):
+        return common_prefix([str(node.target).rpartition(".")[0] for node in block.convolutions])
     home = common_prefix([node.meta["scope"] for node in (block.addition, *block.convolutions)])
     while home and home not in flow.traced.calls:
         home = home.rpartition(".")[0]
@@ -139,9 +141,12 @@ def _home(flow: Dataflow, block: Found) -> str:
 
 
 def _unfit(flow: Dataflow, block: Found, home: str, residuals: int, targets: Counter[str]) -> str:
+    is_graph = isinstance(flow.traced.root, fx.GraphModule)
+    if not home and is_graph:
+        return "its convolutions have no parent module in common, whose name would be the block's"
     if not home:
         return "the block is not a module of its own: its addition stands in the forward of the traced network itself"
-    if len(flow.traced.calls[home]) > 1:
+    if not is_graph and len(flow.traced.calls[home]) > 1:
         return "the module is called more than once, so its weights are shared between steps"
     if residuals > 1:
         return f"{residuals} residual additions stand in this one module, and a regulator needs a module of its own"

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from timm import create_model
-from torch import fx, nn
+from torch import nn
 
 import regulate as package
 from regulate import (
@@ -40,7 +40,6 @@ def resnet():
 @pytest.mark.parametrize(
     ("make", "error", "says"),
     [
-        (lambda m: fx.symbolic_trace(m), UnsupportedModelError, "regulate the original network"),
         (
             lambda m: torch.jit.trace(m, torch.randn(1, 3, 64, 64), check_trace=False),
             UnsupportedModelError,

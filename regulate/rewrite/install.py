@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..build import build_stage
 from ..config import RegulatorConfig
@@ -16,6 +16,7 @@ from ..paths import relative
 from ..plan import Block, Plan, Stage
 from .carrier import Chain, Place
 from .classes import Part, become, is_plain, subclass
+from .graph import install_in_graph, uninstall_from_graph
 from .record import PLACE, POINTS, RECORD, Point, Record, containers, place_of, regulated_blocks
 from .wrapped import Block as RegulatedBlock
 from .wrapped import Container, Pointed, mark, release
@@ -71,24 +72,34 @@ def prepare(model: nn.Module, plan: Plan, config: RegulatorConfig) -> Prepared:
         UnsupportedModelError: a block has something called `regulator`, or a module's class cannot be extended.
         TypeError: a cell of the user's own breaks the cell protocol.
     """
-    for block in plan.blocks:
-        module = model.get_submodule(block.name)
-        if hasattr(module, "regulator"):
-            raise UnsupportedModelError(
-                f"regulate adds a submodule called `regulator` to each block, and {block.name} "
-                f"({type(module).__name__}) has something of that name; rename it"
-            )
-        _check_class(module, RegulatedBlock, block.name)
-        for path in {block.read, block.write}:
-            _check_class(model.get_submodule(path), Pointed, path)
-    for path in {stage.container for stage in plan.stages}:
-        _check_class(model.get_submodule(path), Container, path)
+    for stage in plan.stages:
+        container = model.get_submodule(stage.container)
+        for block in stage.blocks:
+            _check_name(model.get_submodule(block.name), block.name)
+        if not isinstance(container, fx.GraphModule):
+            _check_classes(model, stage)
     fusions = {
         block.name: fusion
         for stage in plan.stages
         for block, fusion in zip(stage.blocks, build_stage(model, stage, config), strict=True)
     }
     return Prepared(plan, fusions)
+
+
+def _check_name(module: nn.Module, path: str) -> None:
+    if hasattr(module, "regulator"):
+        raise UnsupportedModelError(
+            f"regulate adds a submodule called `regulator` to each block, and {path} ({type(module).__name__}) has "
+            "something of that name; rename it"
+        )
+
+
+def _check_classes(model: nn.Module, stage: Stage) -> None:
+    _check_class(model.get_submodule(stage.container), Container, stage.container)
+    for block in stage.blocks:
+        _check_class(model.get_submodule(block.name), RegulatedBlock, block.name)
+        for path in {block.read, block.write}:
+            _check_class(model.get_submodule(path), Pointed, path)
 
 
 def _check_class(module: nn.Module, role: type[Part], path: str) -> None:
@@ -122,10 +133,13 @@ def _install(
     container = model.get_submodule(path)
     stages = tuple(stages)
     made = tuple(Chain(f"stage {stage.name}", len(stage.blocks)) for stage in stages)
+    record = Record(tuple(_below(stage, path) for stage in stages), made, options)
+    if isinstance(container, fx.GraphModule):
+        install_in_graph(container, path, record, fusions, undo)
+        return
     for stage, chain in zip(stages, made, strict=True):
         for index, block in enumerate(stage.blocks):
             _install_block(model, block, Place(chain, index, *_geometry(block)), fusions[block.name], undo)
-    record = Record(tuple(_below(stage, path) for stage in stages), made, options)
     undo.append(lambda: release(container, RECORD))
     vars(container)[RECORD] = record
     become(container, Container)
@@ -191,7 +205,7 @@ def check_removable(model: nn.Module) -> None:
 
 def uninstall(model: nn.Module) -> None:
     """Give every object its class back and take the regulators out. In place; `check_removable` comes first."""
-    held = [module for _, module, _ in containers(model)]
+    held = list(containers(model))
     blocks = [module for _, module in regulated_blocks(model)]
     points = [module for module in model.modules() if POINTS in vars(module)]
     for point in points:
@@ -200,5 +214,8 @@ def uninstall(model: nn.Module) -> None:
         assert place_of(block) is not None
         release(block, PLACE)
         del block._modules["regulator"]
-    for container in held:
-        release(container, RECORD)
+    for _, container, record in held:
+        if isinstance(container, fx.GraphModule):
+            uninstall_from_graph(container, record)
+        else:
+            release(container, RECORD)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
-from ..errors import NotRegulatedError
+from ..errors import NotRegulatedError, UnsupportedModelError
 from ..paths import join
 from ..plan import Stage
 from .carrier import Chain, Place
@@ -16,7 +16,8 @@ from .carrier import Chain, Place
 # Attributes on instances, so that classes can be cached and copies carry them.
 PLACE = "_regulate_place"  # of a block: its `Place`
 POINTS = "_regulate_points"  # of a module at a read or write point: its `Point`s
-RECORD = "_regulate_record"  # of a container: its `Record`
+RECORD = "_regulate_record"  # of a container: its `Record`; of a graph in its `meta`, which copies keep
+CHAIN = "_regulate_chain"  # of a fusion that a graph calls: its `Chain`
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,9 @@ def place_of(module: nn.Module) -> Place | None:
 def containers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Record]]:
     """Yield path, module and record of everything in the model that runs regulated stages."""
     for path, module in model.named_modules():
-        if RECORD in vars(module):
-            yield path, module, vars(module)[RECORD]
+        record = vars(module).get(RECORD) or (isinstance(module, fx.GraphModule) and module.meta.get(RECORD))
+        if record:
+            yield path, module, record
 
 
 def regulated_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -68,13 +70,18 @@ def regulated_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def chains(model: nn.Module) -> tuple[Chain, ...]:
     """Return the chains that have a block in the model."""
-    found = {id(chain): chain for _, block in regulated_blocks(model) for chain in (vars(block)[PLACE].chain,)}
-    return tuple(found.values())
+    held = [vars(module).get(PLACE) or vars(module).get(CHAIN) for module in model.modules()]
+    found = [one.chain if isinstance(one, Place) else one for one in held if one is not None]
+    return tuple({id(chain): chain for chain in found}.values())
 
 
 def regulators(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield path and module of every block's regulator, in the model's order of blocks."""
-    return ((join(path, "regulator"), block.get_submodule("regulator")) for path, block in regulated_blocks(model))
+    for path, module in model.named_modules():
+        if CHAIN in vars(module):
+            yield path, module
+        elif PLACE in vars(module):
+            yield join(path, "regulator"), module.get_submodule("regulator")
 
 
 def is_regulated(model: nn.Module) -> bool:
@@ -89,7 +96,7 @@ def is_regulated(model: nn.Module) -> bool:
         >>> is_regulated(resnet18()), is_regulated(regulate(resnet18()))
         (False, True)
     """
-    return any(True for _ in regulated_blocks(model))
+    return any(True for _ in regulators(model))
 
 
 def check_regulated(model: nn.Module) -> None:
@@ -97,4 +104,14 @@ def check_regulated(model: nn.Module) -> None:
     if not is_regulated(model):
         raise NotRegulatedError(
             f"this needs a regulated model, and {type(model).__name__} has no regulators; call regulate(model) first"
+        )
+
+
+def check_blocks_are_called(model: nn.Module) -> None:
+    """Raise the fitting error for a model without regulators, or one whose blocks are nodes of a graph."""
+    check_regulated(model)
+    if any(CHAIN in vars(module) for module in model.modules()):
+        raise UnsupportedModelError(
+            "this follows the calls of blocks, and in a GraphModule blocks are nodes; regulate the network that the "
+            "graph was traced from and look into that"
         )

@@ -1,0 +1,131 @@
+"""A plan spliced into a `torch.fx.GraphModule`, whose blocks are nodes and not modules.
+
+A graph has no blocks to call, so here the recurrence is written into it: per block a call of the cell, a call
+of the fusion, and the state that travels on as a value.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from ..find import entering
+from ..paths import join
+from ..plan import Block, Stage
+from .carrier import Chain
+from .classes import Forward, Part, become, leave
+from .disable import is_off
+from .record import CHAIN, RECORD, Record
+
+
+def run_switched(self: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a fusion, or hand its input through while its chain is switched off."""
+    chain: Chain | None = vars(self).get(CHAIN)
+    return args if chain is not None and is_off(chain) else forward(self, *args, **kwargs)
+
+
+class Switched(Part):
+    """A fusion that is called by a graph: it asks itself whether it is switched off."""
+
+    _regulate_run = staticmethod(run_switched)
+
+
+def install_in_graph(
+    model: fx.GraphModule,
+    path: str,
+    record: Record,
+    fusions: Mapping[str, nn.Module],
+    undo: list[Callable[[], None]],
+) -> None:
+    """Regulate the stages of a graph. In place; each edit is entered in `undo` before it is made.
+
+    Args:
+        model: the graph's module.
+        path: its path in the network.
+        record: what is done, in paths relative to the graph's module.
+        fusions: the new modules, by path of their block in the network.
+        undo: takes what reverses each edit.
+    """
+    before, edited = model.graph, copy.deepcopy(model.graph)
+    undo.append(lambda: _give_back(model, before, record))
+    for stage, chain in zip(record.stages, record.chains, strict=True):
+        for block in stage.blocks:
+            fusion = fusions[join(path, block.name)]
+            model.get_submodule(block.name)._modules["regulator"] = fusion
+            vars(fusion)[CHAIN] = chain
+            become(fusion, Switched)
+        _splice(edited, stage)
+    model.graph = edited
+    model.graph.lint()
+    model.meta[RECORD] = record
+
+
+def uninstall_from_graph(model: fx.GraphModule, record: Record) -> None:
+    """Take the regulators out of a graph; what was done to the graph since stays. In place."""
+    graph = model.graph
+    fused = {join(block.name, "regulator") for stage in record.stages for block in stage.blocks}
+    for node in [node for node in graph.nodes if node.op == "call_module" and node.target in fused]:
+        for user in [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]:
+            user.replace_all_uses_with(entering(node))
+    added = fused | {join(path, "cell") for path in fused}
+    for node in reversed(list(graph.nodes)):
+        if not node.users and (str(node.target) in added or "regulate" in node.meta or _reads(node, added)):
+            graph.erase_node(node)
+    _give_back(model, graph, record)
+
+
+def _reads(node: fx.Node, added: set[str]) -> bool:
+    """Whether a node takes a part of what a regulator put out."""
+    return node.target is operator.getitem and isinstance(node.args[0], fx.Node) and str(node.args[0].target) in added
+
+
+def _give_back(model: fx.GraphModule, graph: fx.Graph, record: Record) -> None:
+    """Set the graph and take the modules out."""
+    for stage in record.stages:
+        for block in stage.blocks:
+            fusion = model.get_submodule(block.name)._modules.pop("regulator", None)
+            if fusion is not None:
+                vars(fusion).pop(CHAIN, None)
+                leave(fusion, Switched)
+    model.graph = graph
+    model.meta.pop(RECORD, None)
+
+
+def _splice(graph: fx.Graph, stage: Stage) -> None:
+    """Add a stage's recurrence to a graph: per block cell, fusion, and the state that travels on."""
+    calls = {str(node.target): node for node in graph.nodes if node.op == "call_module"}
+    cell = f"{stage.blocks[0].name}.regulator.cell"
+    state: fx.Node | None = None
+    for block in stage.blocks:
+        write = calls[block.write]
+        x = entering(write)
+        with graph.inserting_before(write):
+            read = _aligned(graph, entering(calls[block.read]), x, block)
+            step = graph.call_module(cell, (read, state))
+            both = graph.call_module(f"{block.name}.regulator", (x, step))
+            fused = graph.call_function(operator.getitem, (both, 0))
+            state = graph.call_function(operator.getitem, (both, 1))
+        write.replace_input_with(x, fused)
+
+
+def _aligned(graph: fx.Graph, read: fx.Node, write: fx.Node, block: Block) -> fx.Node:
+    """The read map on the write grid, as `carrier.aligned` brings it there."""
+    if any(step > 1 for step in block.stride):
+        read = _cut(graph, read, (slice(None, None, step) for step in block.stride))
+    if block.crop:
+        sizes = [_marked(graph.call_method("size", (write, axis))) for axis in range(2, 2 + block.dims)]
+        read = _cut(graph, read, (slice(None, size) for size in sizes))
+    return read
+
+
+def _cut(graph: fx.Graph, x: fx.Node, slices: Iterable[Any]) -> fx.Node:
+    return _marked(graph.call_function(operator.getitem, (x, (Ellipsis, *slices))))  # type: ignore[arg-type]
+
+
+def _marked(node: fx.Node) -> fx.Node:
+    node.meta["regulate"] = True
+    return node
