@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,6 +22,8 @@ def regulate(
     model: nn.Module,
     cell: Cell = "lstm",
     *,
+    input_size: int | Sequence[int] | None = None,
+    example_inputs: Any = None,
     kernel: str = "light",
     fusion: str = "paper",
     init: str = "identity",
@@ -47,6 +50,11 @@ def regulate(
             Residual blocks are found by dataflow, see docs/how-it-works.md.
         cell: `"rnn"` (Eq. (1)), `"gru"`, `"lstm"`, or a callable `channels -> nn.Module` that follows the
             cell protocol of `regulate.cells`.
+        input_size: H = W, (H, W), (C, H, W) or (C, D, H, W) in pixels, which the network is planned at; by default
+            what its own configuration says (timm's `pretrained_cfg`, `config.image_size` and the like), else 224.
+            It decides no weight, but which blocks lie on one grid.
+        example_inputs: what the model is called with, where an image is not enough: a tensor, a tuple of arguments,
+            a dict of them by name, or a pair (tuple, dict). Only shapes, dtypes and constants are looked at.
         kernel: `"light"`, the paper's grouped 1x1 and depthwise 3x3, or `"dense"`, a full 3x3.
         fusion: `"paper"`, `act(BN(W * concat[x, h]))`, or `"residual"`, `x + W * concat[x, h]`, which is
             the identity in train mode too.
@@ -79,7 +87,7 @@ def regulate(
         True
     """
     options = _options(cell, kernel, fusion, init, norm, stages, seed, config)
-    drawn = draw(model, options)
+    drawn = draw(model, options, input_size, example_inputs)
     drawn.warn_if_wide()
     target = model if inplace else duplicate(model)
     prepare(unwrapped(model), drawn, options).install(unwrapped(target))
@@ -91,6 +99,7 @@ def plan(
     cell: Cell = "lstm",
     *,
     input_size: int | Sequence[int] | None = None,
+    example_inputs: Any = None,
     kernel: str = "light",
     fusion: str = "paper",
     init: str = "identity",
@@ -106,8 +115,8 @@ def plan(
     Args:
         model: see `regulate`.
         cell: see `regulate`; likewise the keywords that are not explained here.
-        input_size: H = W, (H, W), (C, H, W) or (C, D, H, W) in pixels, for grids and multiply-adds; by default
-            timm's `pretrained_cfg`, else 224.
+        input_size: see `regulate`.
+        example_inputs: see `regulate`.
         kernel: see `regulate`.
         fusion: see `regulate`.
         init: see `regulate`.
@@ -128,7 +137,8 @@ def plan(
         >>> [stage.name for stage in drawn.stages], drawn.parameters
         (['layer1', 'layer2', 'layer3', 'layer4'], 2576128)
     """
-    return draw(model, _options(cell, kernel, fusion, init, norm, stages, seed, config), input_size)
+    options = _options(cell, kernel, fusion, init, norm, stages, seed, config)
+    return draw(model, options, input_size, example_inputs)
 
 
 def unregulate(model: nn.Module) -> nn.Module:

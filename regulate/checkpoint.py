@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,13 +78,22 @@ def save(model: nn.Module, path: File, *, regulator_only: bool = False, also: Se
     write(path, state, record)
 
 
-def load(model: nn.Module, path: File, *, inplace: bool = False) -> nn.Module:
+def load(
+    model: nn.Module,
+    path: File,
+    *,
+    input_size: int | Sequence[int] | None = None,
+    example_inputs: Any = None,
+    inplace: bool = False,
+) -> nn.Module:
     """Regulates a plain network as the saved one was and gives it the saved tensors.
 
     Args:
         model: the network without regulators, built as the saved one was: same class, same timm
             architecture, same number of classes, in the dtype of the file. Left untouched unless `inplace`.
         path: a file of `save`.
+        input_size: as `regulate` got it.
+        example_inputs: as `regulate` got them.
         inplace: change and return `model` itself. If the call fails, nothing changed.
 
     Returns:
@@ -111,7 +121,7 @@ def load(model: nn.Module, path: File, *, inplace: bool = False) -> nn.Module:
     try:
         check_identity(record["model"], identity(inner))
         config = RegulatorConfig.from_dict(record["config"])
-        drawn = draw(model, config)
+        drawn = draw(model, config, input_size, example_inputs)
         check_layout(record["plan"], layout([stage.blocks for stage in drawn.stages]))
         prepared = prepare(inner, drawn, config)
         base = inner.state_dict()

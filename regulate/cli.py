@@ -15,9 +15,9 @@ from .archive import replaced
 from .checkpoint import load
 from .config import CELL_NAMES, CHOICES, RegulatorConfig
 from .errors import RegulateError
+from .inputs import sizes
 from .named import load_model
 from .planner import draw
-from .survey import wished_size
 from .verify import verify
 
 MODEL = "a timm name, torchvision/NAME, or cifar/DEPTH"
@@ -91,11 +91,11 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
-def _grid(size: list[int] | None) -> tuple[int, ...] | None:
+def _grid(size: list[int] | None) -> int | tuple[int, ...] | None:
     if not size:
         return None
     # Three numbers are depth, height and width; draw() takes a channel count before them.
-    return {1: (*size, *size), 2: tuple(size)}.get(len(size), (3, *size))
+    return size[0] if len(size) == 1 else tuple(size) if len(size) == 2 else (3, *size)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -130,7 +130,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
     model = load_model(args.model, args.pretrained)
     model = load(model, args.weights) if args.weights else regulate(model, args.cell)
-    size = args.size or (wished_size(model, None) or (224, 224))[0]
+    size = args.size or sizes(model)[0].on(2)[0]
     images, labels = pictures(args.images, args.count, size, getattr(model, "pretrained_cfg", None))
     for path in draw_figures(model, images, args.out, None if labels is None else [(images, labels)]):
         print(path)

@@ -17,6 +17,7 @@ from torch import nn
 
 from .errors import first_line
 from .find import Dataflow, entering
+from .inputs import Inputs
 from .measure import Measured, Observed, agree, measure, observe
 from .modes import in_mode
 from .origin import origin
@@ -25,25 +26,17 @@ from .plan import Skipped
 from .site import Site
 from .trace import Trace, trace
 
-# Small and odd, so that what depends on the size shows.
-_ODD = {1: (131,), 2: (97, 131), 3: (9, 49, 65)}
-
-
-def odd_size(image: tuple[int, ...]) -> tuple[int, ...]:
-    """Return an image of odd size with the channels and axes of another one, both (C, H, W)."""
-    return (image[0], *_ODD[len(image) - 1])
-
 
 def checked(
-    kinds: Sequence[Site | Skipped], made: Trace, measured: Measured, image: tuple[int, ...], odd: Measured | None
+    kinds: Sequence[Site | Skipped], made: Trace, measured: Measured, inputs: Inputs, odd: Measured | None
 ) -> list[Site | Skipped]:
     """Refuse sites whose points the network's own code does not pass; drop activations that are in doubt.
 
     Args:
         kinds: what was found in a trace; what is skipped stays so.
         made: the trace.
-        measured: its run at the planned size.
-        image: that size, (C, H, W).
+        measured: its run.
+        inputs: what it ran on.
         odd: its run in train mode at the odd size; None if the network refuses that.
     """
     sites = [kind for kind in kinds if isinstance(kind, Site)]
@@ -51,11 +44,11 @@ def checked(
         return list(kinds)
     try:
         with torch.no_grad():
-            seen = observe(made, (2, *image), measured, _points(sites))
+            seen = observe(made, inputs, measured, _points(sites))
     except Exception as error:
         reason = f"its own code cannot be run beside its trace: {first_line(error)}"
         return [Skipped(kind.block.name, reason) if isinstance(kind, Site) else kind for kind in kinds]
-    doubtful = _differing_in_training(sites, made, image, odd)
+    doubtful = _differing_in_training(sites, made, inputs, odd)
     return [_verdict(kind, made, measured, seen, doubtful) if isinstance(kind, Site) else kind for kind in kinds]
 
 
@@ -102,36 +95,37 @@ def _location(module: nn.Module) -> str:
     return f"({code.co_filename}:{code.co_firstlineno})"
 
 
-def measure_odd(made: Trace, image: tuple[int, ...]) -> Measured | None:
+def measure_odd(made: Trace, inputs: Inputs) -> Measured | None:
     """Run a trace in train mode with gradients at an odd size; None where the model refuses it."""
+    odd = inputs.odd()
+    if odd is None:
+        return None
     with in_mode(made.root, True), torch.enable_grad():
         try:
-            return measure(made, (2, *odd_size(image)))
+            return measure(made, odd)
         except Exception:
             return None
 
 
-def _differing_in_training(
-    sites: Sequence[Site], made: Trace, image: tuple[int, ...], odd: Measured | None
-) -> set[str]:
+def _differing_in_training(sites: Sequence[Site], made: Trace, inputs: Inputs, odd: Measured | None) -> set[str]:
     """The blocks about which a train-mode run with gradients tells something else, by name."""
-    size = image if odd is None else odd_size(image)
+    used = inputs if odd is None else inputs.odd() or inputs
     with in_mode(made.root, True), torch.enable_grad():
         try:
-            measured = odd or measure(made, (2, *size))
-            seen = observe(made, (2, *size), measured, ())
+            measured = odd or measure(made, used)
+            seen = observe(made, used, measured, ())
         except Exception:
             return {site.block.name for site in sites}
         differing = [site for site in sites if not agree(measured, seen, _home(site))]
-        return _unexplained(differing, made, size) if differing else set()
+        return _unexplained(differing, made, used) if differing else set()
 
 
-def _unexplained(differing: Sequence[Site], made: Trace, size: tuple[int, ...]) -> set[str]:
+def _unexplained(differing: Sequence[Site], made: Trace, used: Inputs) -> set[str]:
     """Those that differ from a trace made in train mode as well, or whose activation is another one there."""
     try:
-        again = trace(made.root)
-        measured = measure(again, (2, *size))
-        seen = observe(again, (2, *size), measured, ())
+        again = trace(made.root, inputs=made.inputs)
+        measured = measure(again, used)
+        seen = observe(again, used, measured, ())
     except Exception:
         return {site.block.name for site in differing}
     flow = Dataflow(again, measured)

@@ -74,7 +74,9 @@ class Dataflow:
         self.depth: dict[fx.Node, int] = {}
         for node in traced.graph.nodes:
             parents = [parent for parent in node.all_input_nodes if parent in self.depth]
-            if node.op == "output" or not (parents or node.op == "placeholder") or node.name not in shapes:
+            # Other inputs, such as the time of a diffusion model, are no maps that blocks pass on.
+            begins = node.op == "placeholder" and len(shapes.get(node.name, ())) > 2
+            if node.op == "output" or not (parents or begins) or node.name not in shapes:
                 continue
             self.parents[node] = parents
             over: fx.Node | None = parents[0] if parents else None

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from .inputs import Inputs
 from .modes import fixed_random_state
 from .paths import is_inside
 from .trace import Trace
@@ -122,30 +123,30 @@ class _Interpreter(fx.Interpreter):
             self.log.quiet = False
 
 
-def measure(traced: Trace, shape: tuple[int, ...]) -> Measured:
+def measure(traced: Trace, inputs: Inputs) -> Measured:
     """Run a trace on the meta device: no arithmetic, shapes only.
 
     Args:
         traced: a trace of a skeleton.
-        shape: the input's, (N, C, H, W).
+        inputs: of the form that it was traced with.
 
     Raises:
-        Exception: whatever the model raises on an input of this size.
+        Exception: whatever the model raises on these inputs.
     """
     log = _Log()
     runner = _Interpreter(traced, log)
     with torch.device("meta"), fixed_random_state(), log:
-        runner.run(_image(traced.root, shape))
+        runner.run(*inputs.tensors)
     return Measured(runner.shapes, frozenset(runner.changed), log.operators, log.flops)
 
 
-def observe(traced: Trace, shape: tuple[int, ...], measured: Measured, points: Sequence[str]) -> Observed:
+def observe(traced: Trace, inputs: Inputs, measured: Measured, points: Sequence[str]) -> Observed:
     """Run the traced module's own code on the meta device; closed modules put out what they did in the trace.
 
     Args:
         traced: a trace of a skeleton.
-        shape: the input's, (N, C, H, W).
-        measured: a run of the trace at this shape.
+        inputs: of the form that it was traced with.
+        measured: a run of the trace on them.
         points: paths of the modules to watch.
 
     Raises:
@@ -153,14 +154,14 @@ def observe(traced: Trace, shape: tuple[int, ...], measured: Measured, points: S
     """
     try:
         # Numbers that are drawn and read at once must be real ones.
-        return _observed(traced, shape, measured, points, nullcontext())
+        return _observed(traced, inputs, measured, points, nullcontext())
     except Exception:
-        return _observed(traced, shape, measured, points, torch.device("meta"))
+        return _observed(traced, inputs, measured, points, torch.device("meta"))
 
 
 def _observed(
     traced: Trace,
-    shape: tuple[int, ...],
+    inputs: Inputs,
     measured: Measured,
     points: Sequence[str],
     device: AbstractContextManager[Any],
@@ -182,7 +183,7 @@ def _observed(
             stack.enter_context(_replaced(module, _watched(module.forward, path, passes)))
         for context in (device, fixed_random_state(), log):
             stack.enter_context(context)
-        traced.root(_image(traced.root, shape))
+        traced.root(*inputs.args, **inputs.kwargs)
     return Observed(log.operators, passes)
 
 
@@ -244,8 +245,3 @@ def _watched(forward: Callable[..., Any], path: str, passes: dict[str, list[Any]
 
 def _shapes(tensors: Any) -> list[tuple[int, ...]]:
     return [tuple(leaf.shape) for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor)]
-
-
-def _image(root: nn.Module, shape: tuple[int, ...]) -> Tensor:
-    dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
-    return torch.empty(shape, dtype=dtype, device="meta")

@@ -15,22 +15,39 @@ from .build import build_cell, build_fusion
 from .config import RegulatorConfig
 from .errors import NoBlocksError, UnknownStageError
 from .guard import check_model, unwrapped
-from .paths import common_prefix, relative
+from .inputs import Size, sizes
+from .inputs import example as read_example
+from .paths import common_prefix, join, relative
 from .plan import Block, Plan, Skipped, Stage
 from .site import Site
 from .skeleton import skeleton
-from .survey import survey, wished_size
-from .trace import is_convolution
+from .survey import survey
+from .trace import holds_convolution, is_convolution
+
+# How many modules are looked into for a part that works where the whole does not.
+_PARTS = 12
 
 
-def draw(model: nn.Module, config: RegulatorConfig, input_size: int | Sequence[int] | None = None) -> Plan:
+def draw(
+    model: nn.Module,
+    config: RegulatorConfig,
+    input_size: int | Sequence[int] | None = None,
+    example_inputs: Any = None,
+) -> Plan:
     """Plans the rewrite of a model under a config; see `regulate.plan`."""
     check_model(model)
     model = unwrapped(model)
+    if input_size is not None and example_inputs is not None:
+        raise TypeError(
+            "example_inputs= have a size themselves, and input_size= was given beside them; pass one of both"
+        )
+    tried, example = sizes(model, input_size), read_example(model, example_inputs)
+    if example is not None:  # for parts that a run of the whole does not reach
+        tried = (Size(example.image[2:]), *tried)
     bare = skeleton(model)
-    seen = survey(bare, config, wished_size(model, input_size))
+    seen = survey(bare, config, tried, example)
     if not seen.sites:
-        raise NoBlocksError(_nothing_found(model, seen.skipped))
+        raise NoBlocksError(_nothing_found(model, seen.skipped) + _parts_that_work(bare, config, tried, seen.failed))
     runs = [(run, _container(bare, run)) for run in _chains(seen.sites)]
     stages = _named(config, runs)
     chosen, left = _chosen(stages, config)
@@ -64,6 +81,23 @@ def _nothing_found(model: nn.Module, skipped: Sequence[Skipped]) -> str:
         f"left alone were {seen}" if seen else "there was none; for a network whose blocks are hidden from "
         "torch.fx, regulate the submodule that runs them"
     )  # fmt: skip
+
+
+def _parts_that_work(bare: nn.Module, config: RegulatorConfig, tried: Sequence[Size], failed: Sequence[str]) -> str:
+    """The next step where a network cannot be taken as a whole: the first part that can."""
+    waiting = list(failed)
+    for _ in range(_PARTS):
+        if not waiting:
+            break
+        at = waiting.pop(0)
+        for name, child in bare.get_submodule(at).named_children():
+            path = join(at, name)
+            if not holds_convolution(child):
+                continue
+            if type(child).forward is not nn.Module.forward and survey(child, config, tried).sites:
+                return f"; its part {path} can be regulated alone: model.{path} = regulate(model.{path})"
+            waiting.append(path)
+    return ""
 
 
 def _chains(sites: list[Site]) -> list[list[Site]]:

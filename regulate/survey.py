@@ -17,14 +17,13 @@ from .errors import first_line
 from .fidelity import checked, measure_odd
 from .find import Dataflow, Found, entering, find
 from .fusion import Norm
+from .inputs import Inputs, Size, missing_arguments, recorded, shapes
 from .measure import Measured, measure
 from .origin import Source, has_running_statistics, is_norm, origin
 from .paths import common_prefix, join
 from .plan import Block, Skipped
 from .site import Site
 from .trace import Trace, holds_convolution, is_convolution, traces
-
-_DEFAULT_GRID = {1: (224,), 2: (224, 224), 3: (16, 112, 112)}
 
 
 @dataclass(frozen=True)
@@ -34,85 +33,90 @@ class Survey:
     Args:
         sites: blocks that can be regulated, in forward order.
         skipped: what cannot, with the reason.
+        failed: paths of what could not be traced or measured as a whole.
         input_size: one image, (C, H, W), of the first part that was measured.
         macs: multiply-adds of one image, of the parts that hold blocks.
     """
 
     sites: list[Site]
     skipped: list[Skipped]
+    failed: list[str]
     input_size: tuple[int, ...]
     macs: int
 
 
-def wished_size(model: nn.Module, input_size: int | Sequence[int] | None) -> tuple[int, ...] | None:
-    """The spatial size asked for, else that of timm's `pretrained_cfg`, else None."""
-    if isinstance(input_size, int):
-        return (input_size, input_size)
-    if input_size is not None:
-        return tuple(input_size)[1:] if len(input_size) > 2 else tuple(input_size)
-    config = getattr(model, "pretrained_cfg", None)
-    known = config.get("input_size") if isinstance(config, dict) else getattr(config, "input_size", None)
-    return tuple(known)[1:] if known else None
-
-
-def survey(bare: nn.Module, config: RegulatorConfig, wished: tuple[int, ...] | None) -> Survey:
+def survey(bare: nn.Module, config: RegulatorConfig, sizes: Sequence[Size], example: Inputs | None = None) -> Survey:
     """Traces, measures and searches a model, or its parts where the whole cannot be traced.
 
     Args:
         bare: the model's skeleton.
         config: decides norm and activation of what is new.
-        wished: spatial size to measure at; None takes a default.
+        sizes: image sizes to measure at; the first on which a part runs is taken.
+        example: what the model is called with, instead of an image.
     """
     sites: list[Site] = []
     skipped: list[Skipped] = []
-    size: tuple[int, ...] = ()
+    failed: list[str] = []
+    image: tuple[int, ...] = example.image[1:] if example else ()
     macs = 0
-    for root, made in traces(bare):
+    known = recorded(bare, example) if example else {}
+    for root, made in traces(bare, known):
         if isinstance(made, str):
-            skipped.append(Skipped(root, f"cannot be traced as a whole: {made}"))
+            reason = "" if root in known else missing_arguments(bare.get_submodule(root))
+            skipped.append(Skipped(root, reason or f"cannot be traced as a whole: {made}"))
+            failed.append(root)
             continue
         try:
-            measured, image, cost = _measured(made, wished)
+            measured, inputs = _measured(made, sizes, known.get(root))
         except Exception as error:
-            why = f"does not run at the planned input size: {first_line(error)}; give input_size="
-            skipped.append(Skipped(root, why))
+            skipped.append(Skipped(root, first_line(error)))
+            failed.append(root)
             continue
-        odd = measure_odd(made, image)
+        odd = measure_odd(made, inputs)
         kinds = list(_blocks(Dataflow(made, measured), root, config, None if odd is None else odd.shapes))
-        kinds = checked(kinds, made, measured, image, odd)
+        kinds = checked(kinds, made, measured, inputs, odd)
         if kinds:
-            size, macs = size or image, macs + cost
+            # At two operations a multiply-add.
+            image, macs = image or inputs.image[1:], macs + measured.flops // (2 * inputs.image[0])
         sites += [kind for kind in kinds if isinstance(kind, Site)]
         skipped += [kind for kind in kinds if isinstance(kind, Skipped)]
         skipped += [Skipped(join(root, path), f"cannot be opened: {why}") for path, why in made.closed.items()]
     found = [site.block.name for site in sites]
     # A whole whose parts gave blocks was not left alone.
     left = [s for s in dict.fromkeys(skipped) if not any(name.startswith(s.name and f"{s.name}.") for name in found)]
-    return Survey(sites, left, size, macs)
+    return Survey(sites, left, failed, image, macs)
 
 
-def _measured(made: Trace, wished: tuple[int, ...] | None) -> tuple[Measured, tuple[int, ...], int]:
-    """Shapes, the image size they hold for, and the multiply-adds of one image."""
+def _measured(made: Trace, sizes: Sequence[Size], known: Inputs | None) -> tuple[Measured, Inputs]:
+    """What a run of a trace shows, and on which inputs it ran.
+
+    Raises:
+        ValueError: it runs on none; the message is the reason.
+    """
+    if known is not None:
+        with torch.no_grad():
+            try:
+                return measure(made, known), known
+            except Exception as error:
+                raise ValueError(f"does not run on example_inputs=: {first_line(error)}") from error
+    missing = missing_arguments(made.root)
+    if missing:
+        raise ValueError(missing)
     first = next((m for node in made.graph.nodes if isinstance(m := made.module(node), _ConvNd)), None)
-    if first is None:
-        raise ValueError("it calls no convolution that can be seen")
-    dims = len(first.kernel_size)
-    grid = wished or _DEFAULT_GRID[dims]
-    if len(grid) != dims:
-        raise ValueError(f"its convolutions have {dims} spatial axes, the input {len(grid)}")
-    failure: Exception | None = None
-    # What a network takes is what its first convolution takes, unless something rearranges the image before.
-    for channels in dict.fromkeys((first.in_channels, 3, 1)):
+    if first is None or not made.inputs.tensors:
+        raise ValueError(
+            "calls no convolution that can be seen; if that depends on its arguments, give example_inputs="
+        )
+    dtype = next((p.dtype for p in made.root.parameters() if p.is_floating_point()), torch.float32)
+    failure = ""
+    for shape in shapes(first.in_channels, len(first.kernel_size), sizes):
+        inputs = made.inputs.replaced(lambda _, x: x.new_empty(shape, dtype=dtype))  # noqa: B023, called at once
         try:
             with torch.no_grad():
-                measured = measure(made, (2, channels, *grid))
+                return measure(made, inputs), inputs
         except Exception as error:
-            failure = failure or error
-            continue
-        # Of two images, at two operations a multiply-add.
-        return measured, (channels, *grid), measured.flops // 4
-    assert failure is not None
-    raise failure
+            failure = failure or f"does not run on an image of {'x'.join(map(str, shape[1:]))}: {first_line(error)}"
+    raise ValueError(f"{failure}; give input_size= or example_inputs=")
 
 
 def _blocks(flow: Dataflow, root: str, config: RegulatorConfig, odd: dict[str, Any] | None) -> Iterator[Site | Skipped]:

@@ -10,9 +10,10 @@ and remembered, and its children are traced on their own.
 
 from __future__ import annotations
 
-import inspect
+import builtins
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .errors import first_line
+from .inputs import Inputs, guessed
 from .modes import fixed_random_state
 from .paths import is_inside, join
 
@@ -40,12 +42,14 @@ class Trace:
     Args:
         root: the traced module (of a skeleton).
         graph: its torch.fx graph; closed modules are `call_module` nodes.
+        inputs: the call that was traced.
         calls: for each opened module, by path, its calls.
         closed: modules that hold convolutions but could not be opened, with the reason.
     """
 
     root: nn.Module
     graph: fx.Graph
+    inputs: Inputs
     calls: dict[str, list[Call]] = field(default_factory=dict)
     closed: dict[str, str] = field(default_factory=dict)
 
@@ -67,8 +71,6 @@ def holds_convolution(module: nn.Module) -> bool:
 class _Proxy(fx.Proxy):
     """A symbol that passes for a tensor where code asks, and records what is done in place as such."""
 
-    # `isinstance(x, Tensor)` and `torch.is_tensor(x)` take the way that a tensor takes.
-    __class__ = property(lambda self: Tensor)  # type: ignore[assignment]
     _is_param = _is_buffer = False
 
 
@@ -87,9 +89,9 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "
 class _Tracer(fx.Tracer):
     """Opens what `opens` says; each node remembers in `meta["scope"]` the opened module it ran in."""
 
-    def __init__(self, opens: Callable[[nn.Module, str], bool]) -> None:
+    def __init__(self, opens: Callable[[nn.Module, str], bool], inputs: Inputs) -> None:
         super().__init__()
-        self.opens = opens
+        self.opens, self.inputs = opens, inputs
         self.stack = [""]
         self.calls: dict[str, list[Call]] = {}
         self.closed: dict[str, str] = {}
@@ -100,6 +102,11 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         # Before torch.fx asks whether it is a tensor.
         return a.node if type(a) is _Proxy else super().create_arg(a)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        # A placeholder for each tensor of the call that is traced; everything else is the value that it is there.
+        call = self.inputs.replaced(lambda at, _: self.create_proxy("placeholder", f"input_{at}", (), {}))
+        return lambda root: root_fn(root, *call.args, **call.kwargs), [self.root]
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -128,40 +135,59 @@ class _Tracer(fx.Tracer):
         return result
 
 
+@contextmanager
+def _symbols_are_tensors() -> Iterator[None]:
+    """Let `isinstance(x, Tensor)` and `torch.is_tensor(x)` hold for symbols, so that code takes a tensor's way.
+
+    Only where Python code asks. A symbol whose `__class__` says so would be unpacked as a tensor by torch's C code,
+    where it stands for a size, and that kills the process.
+    """
+    original = builtins.isinstance
+
+    def asked(value: Any, kind: Any) -> bool:
+        if type(value) is _Proxy and (kind is Tensor or (type(kind) is tuple and Tensor in kind)):
+            return True
+        return original(value, kind)
+
+    builtins.isinstance = asked  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        builtins.isinstance = original
+
+
 def _nodes(value: Any) -> Any:
     return fx.node.map_aggregate(value, lambda leaf: leaf.node if isinstance(leaf, fx.Proxy) else leaf)
 
 
-def trace(module: nn.Module, opens: Callable[[nn.Module, str], bool] | None = None) -> Trace:
-    """Traces a module's forward; optional arguments are constants at their defaults.
+def trace(
+    module: nn.Module, opens: Callable[[nn.Module, str], bool] | None = None, inputs: Inputs | None = None
+) -> Trace:
+    """Traces a module's forward.
 
     Args:
         module: what to trace; a skeleton or a part of one, since tracing runs the module's code.
         opens: `(module, path) -> bool`, which submodules to look into; by default those that hold a
             convolution.
+        inputs: the call to trace: its tensors are symbols, everything else is a constant. By default the first
+            argument is a symbol and optional ones have their defaults.
 
     Raises:
         Exception: whatever the module's own code raises when it is run symbolically.
     """
-    tracer = _Tracer(opens or (lambda m, _: holds_convolution(m)))
-    with fixed_random_state():
-        graph = tracer.trace(module, concrete_args=_defaults(module))
-    return Trace(module, graph, tracer.calls, tracer.closed)
+    inputs = inputs or guessed(module)
+    tracer = _Tracer(opens or (lambda m, _: holds_convolution(m)), inputs)
+    with fixed_random_state(), _symbols_are_tensors():
+        graph = tracer.trace(module)
+    return Trace(module, graph, inputs, tracer.calls, tracer.closed)
 
 
-def _defaults(module: nn.Module) -> dict[str, Any]:
-    parameters = inspect.signature(module.forward).parameters
-    values = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-    return {
-        name: value for name, value in values.items() if value is None or isinstance(value, bool | int | float | str)
-    }
-
-
-def traces(model: nn.Module) -> Iterator[tuple[str, Trace | str]]:
+def traces(model: nn.Module, known: Mapping[str, Inputs]) -> Iterator[tuple[str, Trace | str]]:
     """Traces the model or, where it or a part cannot be traced, the children of that part.
 
     Args:
         model: a skeleton.
+        known: what its modules are called with, by path, as far as it is known.
 
     Yields:
         `(path, trace)`, or `(path, reason)` for a module that cannot be traced as a whole.
@@ -171,7 +197,7 @@ def traces(model: nn.Module) -> Iterator[tuple[str, Trace | str]]:
         path = waiting.pop(0)
         module = model.get_submodule(path)
         try:
-            made = trace(module)
+            made = trace(module, inputs=known.get(path))
         except Exception as error:
             if type(module).forward is not nn.Module.forward:  # a ModuleList has none to trace
                 yield path, first_line(error)

@@ -93,7 +93,8 @@ def test_input_size_decides_the_grid():
     assert plan(video).input_size == (3, 16, 112, 112)
     assert plan(video, input_size=(3, 8, 64, 64)).stages[0].grid == (8, 32, 32)
     with pytest.raises(NoBlocksError, match="3 spatial axes, the input 2"):
-        plan(video, input_size=64)
+        plan(video, input_size=(64, 64))
+    assert plan(video, input_size=64).stages[0].grid == (64, 32, 32)
     assert plan(create_model("resnet18", in_chans=1)).input_size == (1, 224, 224)
     assert plan(create_model("ecaresnet26t")).input_size == (3, 256, 256)
 

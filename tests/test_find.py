@@ -8,6 +8,7 @@ from torch import nn
 
 from regulate import plan, regulate
 from regulate.config import RegulatorConfig
+from regulate.inputs import Size
 from regulate.named import load_model
 from regulate.skeleton import skeleton
 from regulate.survey import survey
@@ -15,7 +16,7 @@ from regulate.trace import trace
 
 
 def seen(model):
-    found = survey(skeleton(model), RegulatorConfig(), (64, 64))
+    found = survey(skeleton(model), RegulatorConfig(), [Size((64, 64))])
     return [site.block.name for site in found.sites], [entry.name for entry in found.skipped]
 
 

@@ -18,9 +18,10 @@ from torchvision import models
 from regulate import NoBlocksError, Plan, plan, regulate
 from regulate.build import private_rng
 from regulate.config import RegulatorConfig
+from regulate.inputs import sizes
 from regulate.named import load_model
 from regulate.skeleton import skeleton
-from regulate.survey import survey, wished_size
+from regulate.survey import survey
 from regulate.verify import distance, example_inputs, perturb, verify_pair
 
 from . import models_page
@@ -57,7 +58,7 @@ def test_architecture(name):
     model = load_model(name)
     if hasattr(model, "transform"):  # a detector enlarges its images
         model.transform.min_size, model.transform.max_size = (96,), 160
-    seen = survey(skeleton(model), RegulatorConfig(), wished_size(model, None))
+    seen = survey(skeleton(model), RegulatorConfig(), sizes(model))
     assert sorted(site.block.name for site in seen.sites) == sorted(names(model))
     assert len(seen.sites) == COUNTS[name]
     figures = {"name": name, "expected": COUNTS[name], "found": len(seen.sites)}
