@@ -72,6 +72,12 @@ def alias_of_an_activation(self, y):
     return y
 
 
+def alias_of_an_activation_before_a_pool(self, y):
+    z = y
+    z.mul_(-0.5)
+    return F.max_pool2d(y, 3, 1, 1)
+
+
 def unused_result(self, y):
     y = y * 1.0
     y.add_(0.5)
@@ -131,6 +137,10 @@ def negated_in_training(self, y):
     return -y if self.training else y
 
 
+def negated_without_gradients(self, y):
+    return y if torch.is_grad_enabled() else -y
+
+
 def nothing(self, y):
     return y
 
@@ -139,6 +149,7 @@ ODDITIES = [
     nothing, tensor_only, is_tensor, has_attribute, grad_enabled, by_shape, by_exception, python_draw, torch_draw,
     plain_attribute, in_place, alias, unused_result, no_grad_region, enable_grad_region, autocast_off_region, counts,
     keeps_features, constant_tensor, noise, in_a_list, by_buffer, functional_dropout, negated_in_training,
+    negated_without_gradients,
 ]  # fmt: skip
 
 ACTIVATIONS = {
@@ -148,7 +159,7 @@ ACTIVATIONS = {
 POOLS = {
     "none": lambda: nn.Identity(), "average": lambda: nn.AvgPool2d(3, 1, 1),
     "sum": lambda: nn.AvgPool2d(3, 1, 1, divisor_override=1), "largest": lambda: nn.MaxPool2d(3, 1, 1),
-    "power": lambda: nn.Sequential(nn.ZeroPad2d(1), nn.LPPool2d(2, 3, 1)), "dropout": lambda: nn.Dropout(0.3),
+    "power": lambda: nn.LPPool2d(2, 1), "dropout": lambda: nn.Dropout(0.3),
     "alpha dropout": lambda: nn.AlphaDropout(0.3),
 }  # fmt: skip
 NORMS = {

@@ -11,9 +11,9 @@ import pytest
 import torch
 from timm import create_model
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from regulate import BlockCallError, UnsupportedModelError, disabled, is_regulated, regulate, unregulate
+from regulate import BlockCallError, UnsupportedModelError, disabled, is_regulated, kernels, regulate, unregulate
 from regulate.models import CifarBlock
 from regulate.rewrite import install
 from regulate.rewrite.carrier import STACK
@@ -315,13 +315,18 @@ def by_block(stage, reentrant=False):
     return run
 
 
-def test_checkpointing_by_block_gives_equal_gradients_and_leaves_nothing():
-    stage = stirred(network("resnet18")).layer1
-    expected = gradients(stage, stage)
-    found = gradients(stage, by_block(stage))
+@pytest.mark.parametrize("form", ["auto", "reference"])
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_checkpointing_by_block_gives_equal_gradients_and_leaves_nothing(form, early_stop):
+    stage = stirred(network("resnet34")).layer1
+    with kernels.use(form), set_checkpoint_early_stop(early_stop):
+        expected = gradients(stage, stage)
+        found = gradients(stage, by_block(stage))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert STACK.loose == ()
+    assert all(memory.state is None for memory in STACK.loose)
+    with pytest.raises(BlockCallError):
+        stage[1](Y)
 
 
 def test_reentrant_checkpointing_works_by_stage_and_is_an_error_by_block():
