@@ -206,7 +206,10 @@ def missing_arguments(module: nn.Module) -> str:
     """Say what a forward must be given beside its first argument, as a reason; empty if nothing."""
     parameters = list(inspect.signature(module.forward).parameters.values())
     names = ", ".join(parameter.name for parameter in parameters[1:] if _is_required(parameter))
-    return f"its forward needs {names} beside an image; give example_inputs=(image, ...)" if names else ""
+    if not names:
+        return ""
+    first = parameters[0].name
+    return f"its forward needs {names} beside {first}; give example_inputs=({first}, ...)"
 
 
 def _is_required(parameter: inspect.Parameter) -> bool:

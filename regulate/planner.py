@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -75,7 +76,10 @@ def _nothing_found(model: nn.Module, skipped: Sequence[Skipped]) -> str:
     name = type(model).__name__
     rule = "regulate looks for an addition whose operands part at a common tensor, one way with two convolutions"
     if not any(is_convolution(module) for module in model.modules()):
-        return f"no residual blocks in {name}: {rule}, and {name} has no convolution; give it a convolutional network"
+        return (
+            f"no residual blocks in {name}: {rule}, and {name} has no convolution that is "
+            "a module (F.conv2d on parameters of one's own is not seen); give it a convolutional network"
+        )
     seen = "; ".join(f"{entry.name or name}: {entry.reason}" for entry in skipped[:4])
     return f"no residual blocks to regulate in {name}: {rule}; " + (
         f"left alone were {seen}" if seen else "there was none; for a network whose blocks are hidden from "
@@ -95,7 +99,8 @@ def _parts_that_work(bare: nn.Module, config: RegulatorConfig, tried: Sequence[S
             if not holds_convolution(child):
                 continue
             if type(child).forward is not nn.Module.forward and survey(child, config, tried).sites:
-                return f"; its part {path} can be regulated alone: model.{path} = regulate(model.{path})"
+                code = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", f"model.{path}")
+                return f"; its part {path} can be regulated alone: {code} = regulate({code})"
             waiting.append(path)
     return ""
 

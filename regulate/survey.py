@@ -116,7 +116,8 @@ def _measured(made: Trace, sizes: Sequence[Size], known: Inputs | None) -> tuple
                 return measure(made, inputs), inputs
         except Exception as error:
             failure = failure or f"does not run on an image of {'x'.join(map(str, shape[1:]))}: {first_line(error)}"
-    raise ValueError(f"{failure}; give input_size= or example_inputs=")
+    # Other inputs do not help code that asks for numbers: a plan is made without arithmetic.
+    raise ValueError(failure if "meta" in failure else f"{failure}; give input_size= or example_inputs=")
 
 
 def _blocks(flow: Dataflow, root: str, config: RegulatorConfig, odd: dict[str, Any] | None) -> Iterator[Site | Skipped]:

@@ -99,7 +99,7 @@ def test_further_inputs_are_taken_from_examples(example):
 
 @pytest.mark.parametrize("call", [plan, regulate])
 def test_without_examples_the_arguments_are_named(call):
-    with pytest.raises(NoBlocksError, match="needs t, strength beside an image; give example_inputs="):
+    with pytest.raises(NoBlocksError, match=r"needs t, strength beside x; give example_inputs=\(x, \.\.\.\)"):
         call(Timed())
     with pytest.raises(
         NoBlocksError, match=r"its part net can be regulated alone: model\.net = regulate\(model\.net\)"
@@ -113,6 +113,37 @@ def test_a_part_of_another_name_is_found_however_deep():
     model.forward = None
     with pytest.raises(NoBlocksError, match=r"model\.net = regulate\(model\.net\)"):
         regulate(model.outer)
+
+
+class Numbers(Network):
+    """Asks for a number that only real inputs have."""
+
+    def forward(self, x):
+        return self.net(x / x.abs().max().item())
+
+
+def test_the_next_step_is_one_that_helps():
+    with pytest.raises(NoBlocksError, match=r"on an image of 3x224x224: .*meta.*; its part net can be") as caught:
+        regulate(Numbers())
+    assert "example_inputs" not in str(caught.value)
+    with pytest.raises(NoBlocksError, match=r": model\[1\]\.net = regulate\(model\[1\]\.net\)"):
+        regulate(nn.Sequential(nn.Conv2d(3, 3, 1), Numbers()))
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ParameterList(torch.randn(3, 3, 3, 3) for _ in range(2))
+
+    def forward(self, x):
+        a, b = self.weights
+        y = nn.functional.conv2d(torch.relu(nn.functional.conv2d(x, a, padding=1)), b, padding=1)
+        return x + y
+
+
+def test_convolutions_that_are_no_modules():
+    with pytest.raises(NoBlocksError, match=r"Functional has no convolution that is a module \(F\.conv2d"):
+        regulate(Functional())
 
 
 def test_a_batch_that_is_a_dict():

@@ -112,6 +112,6 @@ def test_diffusers():
 
 def test_diffusers_without_example_inputs():
     with pytest.raises(
-        NoBlocksError, match=r"UNet2DModel: its forward needs timestep beside an image; give example_in"
+        NoBlocksError, match=r"UNet2DModel: its forward needs timestep beside sample; give example_inputs="
     ):
         regulate(unet(pytest.importorskip("diffusers")))
