@@ -8,7 +8,11 @@ from torch import nn
 
 from regulate import NoBlocksError, load, plan, regulate, save, unregulate
 from regulate.cli import main
+from regulate.config import RegulatorConfig
+from regulate.inputs import Size
 from regulate.models import cifar_resnet
+from regulate.skeleton import skeleton
+from regulate.survey import survey
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -74,6 +78,7 @@ def works(model, *args, regulated=None, **kwargs):
 
 
 def test_the_first_input_is_never_fixed_at_its_default():
+    assert survey(skeleton(Optional()), RegulatorConfig(), [Size(32)]).failed == []
     assert works(Optional(), X)
     assert works(Optional(), X, labels=torch.tensor([1, 2]), scale=0.5)
 
