@@ -16,6 +16,8 @@ from .record import chains, check_regulated
 
 # The chains that run without their regulators in this context: thread, task or generator.
 _off: ContextVar[tuple[Chain, ...]] = ContextVar("regulate_disabled", default=())
+# Chains are shared by threads, and so are their spans.
+_lock = threading.Lock()
 # How many uses of `disabled` a backward pass can look back on.
 _SPANS = 64
 _OPEN = 2**63
@@ -113,13 +115,15 @@ def _thread() -> int | None:
 
 
 def _open_span(found: tuple[Chain, ...], begun: int) -> None:
-    for chain in found:
-        chain.off_spans = (*chain.off_spans, (_thread(), begun, _OPEN))[-_SPANS:]
+    with _lock:
+        for chain in found:
+            chain.off_spans = (*chain.off_spans, (_thread(), begun, _OPEN))[-_SPANS:]
 
 
 def _close_span(found: tuple[Chain, ...], begun: int) -> None:
     ended = sequence_number()
-    for chain in found:
-        others = tuple(span for span in chain.off_spans if span != (_thread(), begun, _OPEN))
-        # Where no node was made, as without gradients, there is nothing to look back on.
-        chain.off_spans = (*others, (_thread(), begun, ended)) if ended > begun else others
+    with _lock:
+        for chain in found:
+            others = tuple(span for span in chain.off_spans if span != (_thread(), begun, _OPEN))
+            # Where no node was made, as without gradients, there is nothing to look back on.
+            chain.off_spans = (*others, (_thread(), begun, ended)) if ended > begun else others
