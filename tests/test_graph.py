@@ -51,6 +51,7 @@ def test_it_starts_as_the_same_function_and_has_the_same_plan(name):
         assert torch.equal(regulated(odd), made(odd))
 
 
+@pytest.mark.use("torch", "regulate a torch.fx.GraphModule")
 @pytest.mark.parametrize("name", NAMES)
 def test_it_computes_what_the_regulated_network_of_modules_computes(name):
     model = stir(regulate(network(name), seed=1)).eval()

@@ -35,6 +35,7 @@ def block() -> nn.Module:
 # Hooks
 
 
+@pytest.mark.use("torch", "a forward hook on a block: its one input, its output")
 def test_a_hook_on_a_block_gets_its_one_input_and_its_output():
     model = stirred(network("resnet18"))
     seen = []
@@ -47,6 +48,7 @@ def test_a_hook_on_a_block_gets_its_one_input_and_its_output():
     assert output is out
 
 
+@pytest.mark.use("torch", "hooks on a block that change what passes")
 def test_hooks_that_change_what_passes_a_block_are_honoured():
     model = stirred(network("resnet18"))
     with torch.no_grad():
@@ -95,6 +97,7 @@ def test_a_hook_on_the_write_convolution_sees_the_fused_map_and_one_on_the_read_
 # Blocks by hand
 
 
+@pytest.mark.use("torch", "blocks called by hand, in order")
 def test_blocks_called_in_order_are_the_stage():
     model = stirred(network("resnet50"))
     y = torch.randn(2, 256, 16, 16)
@@ -170,6 +173,7 @@ class LowRank(nn.Module):
         return self.base(x) + self.branch(x)
 
 
+@pytest.mark.use("torch", "a wrapper put around a convolution later, as LoRA does")
 def test_a_wrapper_around_the_write_convolution_sees_the_fused_map():
     model = stirred(network("resnet18"))
     target = model.layer1[1]
@@ -206,6 +210,7 @@ def replica(module: nn.Module) -> nn.Module:
     return made
 
 
+@pytest.mark.use("torch", "replicas in threads, as nn.DataParallel makes them")
 def test_replicas_in_threads_do_not_meet():
     model = stirred(network("resnet18"))
     inputs = [torch.randn(1, 3, 64, 64) for _ in range(4)]
@@ -257,6 +262,7 @@ def test_methods_of_a_sequential_subclass_may_call_super():
 # Switching off, and gradient checkpointing
 
 
+@pytest.mark.use("save, load, switch", "with disabled(model): in interleaved generators and tasks")
 def test_interleaved_generators_and_tasks_switch_off_for_themselves():
     plain = network("resnet18")
     a, b = stirred(plain), stirred(plain)
@@ -317,6 +323,7 @@ def by_block(stage, reentrant=False):
 
 @pytest.mark.parametrize("form", ["auto", "reference"])
 @pytest.mark.parametrize("early_stop", [True, False])
+@pytest.mark.use("torch", "torch.utils.checkpoint around blocks, non-reentrant")
 def test_checkpointing_by_block_gives_equal_gradients_and_leaves_nothing(form, early_stop):
     stage = stirred(network("resnet34")).layer1
     with kernels.use(form), set_checkpoint_early_stop(early_stop):
@@ -329,6 +336,7 @@ def test_checkpointing_by_block_gives_equal_gradients_and_leaves_nothing(form, e
         stage[1](Y)
 
 
+@pytest.mark.use("torch", "torch.utils.checkpoint(use_reentrant=True): around stages; around blocks an error")
 def test_reentrant_checkpointing_works_by_stage_and_is_an_error_by_block():
     stage = stirred(network("resnet18")).layer1
     expected = gradients(stage, stage)
@@ -457,6 +465,7 @@ def run_failing_at(statement, do):
     return False
 
 
+@pytest.mark.use("regulate on wrapped models", "regulate(inplace=True): a failure at any statement changes nothing")
 def test_a_failure_at_any_statement_of_the_rewrite_changes_nothing():
     model = small()
     before = snapshot(model)
