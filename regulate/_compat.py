@@ -1,9 +1,15 @@
-"""Every private symbol of torch that the rewrite and the kernels touch, with what happens where it is missing."""
+"""Every private symbol of torch and timm that is used here, with what happens where it is missing.
+
+Only the dictionaries of an `nn.Module` (`_modules`, `_parameters`, `_buffers`), which are in every pickled module, and
+a tensor's `_version` are used elsewhere, too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -34,10 +40,53 @@ _forward_mode: Any = _symbol("autograd.forward_ad")
 _level_is_known = _symbol("autograd.forward_ad._current_level") is not None
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOK_OPTIONS = (
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+)
 _HOOKS_EVERYWHERE = tuple(f"_global{name}" for name in _HOOKS)
 _modules: Any = _symbol("nn.modules.module")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+with suppress(ImportError):
+    import_module("torch.utils.flop_counter")
+_flops: dict[Any, Callable[..., int]] = _symbol("utils.flop_counter.flop_registry") or {}
+_tree_leaves: Callable[[Any], list[Any]] | None = _symbol("utils._pytree.tree_leaves")
+
+
+class _Blind:
+    """In the place of a TorchDispatchMode: sees no operator."""
+
+    def __enter__(self) -> _Blind:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
+# Base classes. Without them: torch's own classes that have them, and what is derived from these.
+if TYPE_CHECKING:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    BatchNorm = nn.modules.batchnorm._BatchNorm
+    NormWithStatistics = nn.modules.batchnorm._NormBase
+    Convolution = nn.modules.conv._ConvNd
+    DispatchMode = TorchDispatchMode
+else:
+    BatchNorm = _symbol("nn.modules.batchnorm._BatchNorm") or (
+        nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+    )
+    NormWithStatistics = _symbol("nn.modules.batchnorm._NormBase") or (
+        BatchNorm | nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
+    )
+    Convolution = _symbol("nn.modules.conv._ConvNd") or (
+        nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+    )
+    DispatchMode = _symbol("utils._python_dispatch.TorchDispatchMode") or _Blind
+# Whether a DispatchMode sees the operators that run. If not, no trace is believed more than its points need.
+SEES_OPERATORS: bool = not issubclass(DispatchMode, _Blind)
 
 
 def is_tracing() -> bool:
@@ -114,6 +163,14 @@ def has_hooks(module: nn.Module) -> bool:
     return own or any(getattr(_modules, name, True) for name in _HOOKS_EVERYWHERE)
 
 
+def drop_hooks(module: nn.Module) -> bool:
+    """Remove a module's own hooks and say whether it had forward hooks. In place. Without the symbols: none, no."""
+    had = any(getattr(module, name, None) for name in ("_forward_hooks", "_forward_pre_hooks"))
+    for name in (*_HOOKS, *_HOOK_OPTIONS):
+        getattr(module, name, {}).clear()
+    return had
+
+
 def constant_while_compiling(function: Function) -> Function:
     """Mark a function that torch.compile calls while it traces, instead of tracing it.
 
@@ -122,3 +179,34 @@ def constant_while_compiling(function: Function) -> Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """Return the leaves of nested containers. Without the symbol: of tuples, lists and mappings only."""
+    return _tree_leaves(tree) if _tree_leaves is not None else list(_leaves(tree))
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    if not isinstance(tree, tuple | list | dict):
+        yield tree
+        return
+    for part in tree.values() if isinstance(tree, dict) else tree:
+        yield from _leaves(part)
+
+
+def flops(operator: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Count the operations of one call of torch's operator. Without the symbols: 0."""
+    count = _flops.get(getattr(operator, "_overloadpacket", None))
+    return 0 if count is None else count(*args, **kwargs, out_val=result)
+
+
+def compiled(model: nn.Module) -> nn.Module | None:
+    """Return the model inside torch.compile's wrapper, which has no public class; None for any other module."""
+    return model._modules.get("_orig_mod")
+
+
+def timm_config_writer() -> Callable[..., Any] | None:
+    """Return timm's function that writes down how it built a model. Where it has none: None."""
+    with suppress(ImportError):
+        return getattr(import_module("timm.models._hub"), "save_config_for_hf", None)
+    return None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._compat import BatchNorm
 from .errors import CalibrationError
 from .fusion import Fusion
 from .guard import check_regulated, regulators
@@ -79,7 +80,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Any]]) -> nn
 
 
 def _takes_moments(fusion: Fusion) -> bool:
-    return not fusion.skip and isinstance(fusion.mix_norm, nn.modules.batchnorm._BatchNorm)
+    return not fusion.skip and isinstance(fusion.mix_norm, BatchNorm)
 
 
 def _measured(
@@ -127,7 +128,7 @@ def _images(batch: Tensor | Sequence[Any]) -> Tensor:
 def _check_finite(model: nn.Module, fusions: Sequence[Fusion], moments: Sequence[_Moments], which: str) -> None:
     for fusion, one in zip(fusions, moments, strict=True):
         norm = fusion.mix_norm
-        assert isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_var is not None
+        assert isinstance(norm, BatchNorm) and norm.running_var is not None
         if one.count and not all(values.to(norm.running_var.dtype).isfinite().all() for values in one.result()):
             raise CalibrationError(
                 f"calibrate needs finite statistics, and {which} brings NaN, infinity or an overflow into "

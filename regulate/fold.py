@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from ._compat import BatchNorm
 from .errors import UnsupportedModelError
 from .fusion import CONV, Fusion
 from .guard import check_regulated, regulators, unwrapped
@@ -82,7 +83,7 @@ def _fold(fusion: Fusion) -> None:
 
 def _scaling(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
     """The scale and the shift of a batch norm with running statistics; None for any other norm."""
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
+    if not isinstance(norm, BatchNorm) or norm.running_mean is None:
         return None
     return scale_and_shift(norm)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._compat import compiled
 from .errors import AlreadyRegulatedError, UnsupportedModelError
 from .rewrite.record import check_regulated, is_regulated, regulators
 
@@ -21,8 +22,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
-        elif "_orig_mod" in model._modules:  # torch.compile's wrapper has no public class
-            model = model._orig_mod  # type: ignore[assignment]
+        elif (inner := compiled(model)) is not None:
+            model = inner
         else:
             return model
 

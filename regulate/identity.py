@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ._compat import BatchNorm
 from .fusion import Fusion
 from .origin import Source
 from .scale import scale_of
@@ -128,7 +129,7 @@ def settle(fusion: Fusion, mean: Tensor, variance: Tensor) -> None:
         variance: (M,).
     """
     norm = fusion.mix_norm
-    assert isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None
+    assert isinstance(norm, BatchNorm) and norm.running_mean is not None
     assert norm.running_var is not None
     with torch.no_grad():
         nn.init.dirac_(fusion.mix.weight)
@@ -138,7 +139,7 @@ def settle(fusion: Fusion, mean: Tensor, variance: Tensor) -> None:
             target.copy_(values)
 
 
-def _inverse_pair(variance: Tensor, norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
+def _inverse_pair(variance: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
     """Variance and gain with gain / sqrt(variance + eps) = 1 as the backend rounds it: eval is exact then.
 
     A batch norm computes x * scale + (bias - mean * scale), so with mean = bias only the scale can be off.

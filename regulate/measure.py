@@ -13,10 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
+from ._compat import SEES_OPERATORS, DispatchMode, flops, tree_leaves
 from .inputs import Inputs
 from .modes import fixed_random_state
 from .paths import is_inside
@@ -59,12 +57,12 @@ class Observed:
 
 
 def agree(a: Measured | Observed, b: Measured | Observed, path: str) -> bool:
-    """Check whether the same ran in a module, and in those below it, in two runs."""
+    """Check whether the same ran in a module, and in those below it, in two runs. No, where that cannot be seen."""
     scopes = {scope for scope in (*a.operators, *b.operators) if is_inside(scope, path)}
-    return all(a.operators.get(scope) == b.operators.get(scope) for scope in scopes)
+    return SEES_OPERATORS and all(a.operators.get(scope) == b.operators.get(scope) for scope in scopes)
 
 
-class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Log(DispatchMode):  # type: ignore[no-untyped-call]
     """Notes by scope which closed modules are called and which operators run between them; counts operations."""
 
     def __init__(self) -> None:
@@ -75,9 +73,7 @@ class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        packet = function._overloadpacket
-        if packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
+        self.flops += flops(function, args, kwargs or {}, result)
         if not self.quiet and str(function) not in _CONSTANTS:
             self.note(str(function), result)
         return result

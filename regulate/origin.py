@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from ._compat import BatchNorm, NormWithStatistics
 from .find import Dataflow
 from .skeleton import has_hooks
 
@@ -66,7 +66,7 @@ class Origin:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module without convolutions normalises: torch's norms, or a 1-D `weight` (PReLU apart)."""
-    if isinstance(module, _NormBase | nn.GroupNorm | nn.LayerNorm):
+    if isinstance(module, NormWithStatistics | nn.GroupNorm | nn.LayerNorm):
         return True
     weight = getattr(module, "weight", None)
     return isinstance(weight, torch.Tensor) and weight.dim() == 1 and not isinstance(module, nn.PReLU)
@@ -74,7 +74,7 @@ def is_norm(module: nn.Module) -> bool:
 
 def has_running_statistics(module: nn.Module) -> bool:
     """Whether the module is a batch norm with statistics of its own, so that it can start as the identity."""
-    return isinstance(module, _BatchNorm) and module.running_mean is not None
+    return isinstance(module, BatchNorm) and module.running_mean is not None
 
 
 def origin(flow: Dataflow, node: fx.Node, user: fx.Node | None = None) -> Origin:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ._compat import timm_config_writer
 from .archive import replaced
 from .checkpoint import load, save
 from .errors import CheckpointError, UnsupportedModelError, first_line
@@ -50,12 +51,16 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: Mapping
             f"save_pretrained writes down networks that timm can rebuild, and timm did not build this "
             f"{type(model).__name__}; use save(model, path), and load(network, path) on one that you build"
         )
-    from timm.models._hub import save_config_for_hf
-
+    write_config = timm_config_writer()
+    if write_config is None:
+        raise UnsupportedModelError(
+            "save_pretrained writes config.json as timm does, and this version of timm has no save_config_for_hf where "
+            "others have it; use save(model, path)"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replaced(folder / CONFIG) as temporary:
-        save_config_for_hf(model, temporary, model_args=dict(model_args or {}))  # type: ignore[arg-type]
+        write_config(model, temporary, model_args=dict(model_args or {}))
         config = json.loads(temporary.read_text())
         _check_rebuilt(model, _build(config))
         save(model, folder / WEIGHTS)

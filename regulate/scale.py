@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._compat import BatchNorm
+
 
 def scale_of(variance: Tensor, gain: Tensor, eps: float) -> Tensor:
     """What a batch norm in eval mode multiplies each channel by, in the roundings of torch's own norm, all (C,).
@@ -16,7 +18,7 @@ def scale_of(variance: Tensor, gain: Tensor, eps: float) -> Tensor:
     return F.batch_norm(torch.ones_like(gain)[None], zeros, variance, gain, zeros, False, 0.0, eps)[0]
 
 
-def scale_and_shift(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
+def scale_and_shift(norm: BatchNorm) -> tuple[Tensor, Tensor]:
     """What a batch norm with running statistics does in eval mode, `x * scale + shift`, both (C,)."""
     assert norm.running_mean is not None and norm.running_var is not None
     gain = norm.weight if norm.affine else torch.ones_like(norm.running_var)

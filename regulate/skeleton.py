@@ -8,17 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ._compat import drop_hooks
 from .errors import UnsupportedModelError, first_line
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 # Marks what had forward hooks.
 _HOOKED = "_regulate_hooked"
 
@@ -43,10 +35,8 @@ def skeleton(model: nn.Module) -> nn.Module:
             f"{first_line(error)}; make the model copyable, for instance by removing live handles from its attributes"
         ) from error
     for module in copied.modules():
-        if module._forward_hooks or module._forward_pre_hooks:
+        if drop_hooks(module):
             vars(module)[_HOOKED] = True
-        for name in _HOOKS:
-            getattr(module, name, {}).clear()
         if getattr(module, "grad_checkpointing", False):
             module.grad_checkpointing = False  # type: ignore[assignment]
     return copied.eval()

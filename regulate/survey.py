@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.conv import _ConvNd
 
+from ._compat import Convolution
 from .config import RegulatorConfig
 from .errors import first_line
 from .fidelity import checked, measure_odd
@@ -102,7 +102,7 @@ def _measured(made: Trace, sizes: Sequence[Size], known: Inputs | None) -> tuple
     missing = missing_arguments(made.root)
     if missing:
         raise ValueError(missing)
-    first = next((m for node in made.graph.nodes if isinstance(m := made.module(node), _ConvNd)), None)
+    first = next((m for node in made.graph.nodes if isinstance(m := made.module(node), Convolution)), None)
     if first is None or not made.inputs.tensors:
         raise ValueError(
             "calls no convolution that can be seen; if that depends on its arguments, give example_inputs="

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd
 
+from ._compat import Convolution
 from .errors import first_line
 from .inputs import Inputs, guessed
 from .modes import fixed_random_state
@@ -60,7 +60,7 @@ class Trace:
 
 def is_convolution(module: nn.Module | None) -> bool:
     """Whether the module is a convolution with learned weights (transposed ones included)."""
-    return isinstance(module, _ConvNd)
+    return isinstance(module, Convolution)
 
 
 def holds_convolution(module: nn.Module) -> bool:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from ._compat import tree_leaves
 from .api import regulate
 from .build import private_rng
 from .cells import GateConv

@@ -12,9 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
-from .._compat import after_backward, in_backward, running_node_number, saves_through_hooks, sequence_number
+from .._compat import (
+    after_backward,
+    in_backward,
+    running_node_number,
+    saves_through_hooks,
+    sequence_number,
+    tree_leaves,
+)
 from .carrier import Memory, Place
 
 _NOTES = "_regulate_notes"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from .._compat import assign
+from .._compat import assign, tree_leaves
 from ..errors import BlockCallError
 from .carrier import STACK, Frame, Memory, Place, Scope, frame_of, keep, memory_of, pass_read, pass_write
 from .classes import Forward, Part, become, leave
@@ -117,8 +117,7 @@ def _leave(place: Place, memory: Memory) -> None:
 
 
 def _needs_gradient(args: Any) -> bool:
-    leaves = torch.utils._pytree.tree_leaves(args)
-    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves)
+    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves(args))
 
 
 def _called_alone(place: Place) -> str:
