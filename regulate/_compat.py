@@ -54,6 +54,7 @@ with suppress(ImportError):
     import_module("torch.utils.flop_counter")
 _flops: dict[Any, Callable[..., int]] = _symbol("utils.flop_counter.flop_registry") or {}
 _tree_leaves: Callable[[Any], list[Any]] | None = _symbol("utils._pytree.tree_leaves")
+_tree_map: Callable[[Callable[[Any], Any], Any], Any] | None = _symbol("utils._pytree.tree_map")
 
 
 class _Blind:
@@ -192,6 +193,20 @@ def _leaves(tree: Any) -> Iterator[Any]:
         return
     for part in tree.values() if isinstance(tree, dict) else tree:
         yield from _leaves(part)
+
+
+def tree_map(do: Callable[[Any], Any], tree: Any) -> Any:
+    """Return nested containers with another leaf for each, in order. Without the symbol: tuples, lists, mappings."""
+    return _tree_map(do, tree) if _tree_map is not None else _mapped(do, tree)
+
+
+def _mapped(do: Callable[[Any], Any], tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return type(tree)((name, _mapped(do, part)) for name, part in tree.items())
+    if not isinstance(tree, tuple | list):
+        return do(tree)
+    parts = [_mapped(do, part) for part in tree]
+    return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
 
 
 def flops(operator: Any, args: Any, kwargs: Any, result: Any) -> int:

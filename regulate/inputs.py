@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from ._compat import tree_leaves, tree_map
 from .modes import fixed_random_state
 
 _DEFAULT_GRID = {1: (224,), 2: (224, 224), 3: (16, 112, 112)}
@@ -35,7 +36,7 @@ class Inputs:
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors, in order; a trace has a placeholder for each."""
-        return [leaf for leaf in tree_flatten((self.args, self.kwargs))[0] if isinstance(leaf, Tensor)]
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
     @property
     def image(self) -> tuple[int, ...]:
@@ -44,10 +45,10 @@ class Inputs:
 
     def replaced(self, make: Callable[[int, Tensor], Any]) -> Inputs:
         """Return the same arguments with other values in place of the tensors, made from index and tensor."""
-        leaves, form = tree_flatten((self.args, self.kwargs))
-        count = iter(range(len(leaves)))
-        values = [make(next(count), leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        args, kwargs = tree_unflatten(values, form)
+        count = itertools.count()
+        args, kwargs = tree_map(
+            lambda leaf: make(next(count), leaf) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs)
+        )
         return Inputs(tuple(args), kwargs)
 
     def odd(self) -> Inputs | None:
@@ -183,7 +184,7 @@ def _arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _shown(given: Any) -> str:
-    shapes = [tuple(leaf.shape) for leaf in tree_flatten(given)[0] if isinstance(leaf, Tensor)]
+    shapes = [tuple(leaf.shape) for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
     return f"tensors of shapes {shapes}" if shapes else f"a {type(given).__name__} without a tensor"
 
 
