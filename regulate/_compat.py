@@ -217,7 +217,8 @@ def flops(operator: Any, args: Any, kwargs: Any, result: Any) -> int:
 
 def compiled(model: nn.Module) -> nn.Module | None:
     """Return the model inside torch.compile's wrapper, which has no public class; None for any other module."""
-    return model._modules.get("_orig_mod")
+    # Not .get(): a ScriptModule has children of another kind.
+    return model._modules["_orig_mod"] if "_orig_mod" in model._modules else None
 
 
 def timm_config_writer() -> Callable[..., Any] | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
+
 
 class RegulateError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -48,3 +51,15 @@ def first_line(error: Exception) -> str:
     """The first sentence of an error's message, for a reason in a plan."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line.split(". ")[0]
+
+
+def located(error: Exception) -> str:
+    """The first sentence of an error's message, and where it was raised outside of torch and this package."""
+    own = str(Path(__file__).parent)
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((own, "<")) and "torch" not in Path(frame.filename).parts
+    ]
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return first_line(error) + place

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from .errors import first_line
+from .errors import located
 from .find import Dataflow, entering
 from .inputs import Inputs
 from .measure import Measured, Observed, agree, measure, observe
@@ -46,7 +46,7 @@ def checked(
         with torch.no_grad():
             seen = observe(made, inputs, measured, _points(sites))
     except Exception as error:
-        reason = f"its own code cannot be run beside its trace: {first_line(error)}"
+        reason = f"its own code cannot be run beside its trace: {located(error)}"
         return [Skipped(kind.block.name, reason) if isinstance(kind, Site) else kind for kind in kinds]
     doubtful = _differing_in_training(sites, made, inputs, odd)
     return [_verdict(kind, made, measured, seen, doubtful) if isinstance(kind, Site) else kind for kind in kinds]

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ._compat import Convolution
-from .errors import first_line
+from .errors import located
 from .inputs import Inputs, guessed
 from .modes import fixed_random_state
 from .paths import is_inside, join
@@ -125,7 +125,7 @@ class _Tracer(fx.Tracer):
             # What cannot be opened stays closed: unwind its half-made nodes and call it as a whole.
             for node in reversed(list(self.graph.nodes)[before:]):
                 self.graph.erase_node(node)
-            self.closed[path] = first_line(error)
+            self.closed[path] = located(error)
             self.calls = {name: made for name, made in self.calls.items() if not is_inside(name, path)}
             self.stack.pop()
             return self.create_proxy("call_module", path, args, kwargs)
@@ -200,7 +200,7 @@ def traces(model: nn.Module, known: Mapping[str, Inputs]) -> Iterator[tuple[str,
             made = trace(module, inputs=known.get(path))
         except Exception as error:
             if type(module).forward is not nn.Module.forward:  # a ModuleList has none to trace
-                yield path, first_line(error)
+                yield path, located(error)
             stuck = [path]
         else:
             yield path, made

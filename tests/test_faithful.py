@@ -190,3 +190,9 @@ def test_a_hook_that_changes_an_activation_is_honoured():
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         assert same(regulated(x), model(x))
+
+
+def test_a_block_that_cannot_be_traced_is_named_with_file_and_line():
+    model = network(Recipe(late=(strange_blocks.by_shape,)))
+    with pytest.raises(NoBlocksError, match=r"cannot be opened: .*strange_blocks\.py:\d+\)"):
+        regulate(model)
