@@ -12,6 +12,7 @@ from torch import nn
 
 from regulate import NoBlocksError, plan, regulate
 from regulate.config import RegulatorConfig
+from regulate.inputs import sizes
 from regulate.skeleton import skeleton
 from regulate.survey import survey
 from regulate.verify import distance, perturb
@@ -182,7 +183,7 @@ def test_random_residual_networks(network, size):
     torch.manual_seed(0)
     model = Network(shape, widths, [depth] * len(widths), container)
     expected = [f"stages.{s}.{b}" for s in range(len(widths)) for b in range(depth)]
-    found = [site.block for site in survey(skeleton(model), RegulatorConfig(), None).sites]
+    found = [site.block for site in survey(skeleton(model), RegulatorConfig(), sizes(model)).sites]
     assert [block.name for block in found] == expected
     count = len(shape.kernels)
     assert all(block.read.endswith("convs.1") for block in found)
