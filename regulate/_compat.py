@@ -95,9 +95,9 @@ def is_tracing() -> bool:
     return _tracing is not None and bool(_tracing())
 
 
-def in_backward() -> bool:
-    """Check whether this thread runs a backward pass. Without the symbol: no."""
-    return _graph_task is not None and _graph_task() != -1
+def in_backward() -> bool | None:
+    """Check whether this thread runs a backward pass. Without the symbol: None, which is not known."""
+    return None if _graph_task is None else _graph_task() != -1
 
 
 def sequence_number() -> int:
@@ -218,7 +218,7 @@ def flops(operator: Any, args: Any, kwargs: Any, result: Any) -> int:
 def compiled(model: nn.Module) -> nn.Module | None:
     """Return the model inside torch.compile's wrapper, which has no public class; None for any other module."""
     # Not .get(): a ScriptModule has children of another kind.
-    return model._modules["_orig_mod"] if "_orig_mod" in model._modules else None
+    return model.get_submodule("_orig_mod") if "_orig_mod" in model._modules else None
 
 
 def timm_config_writer() -> Callable[..., Any] | None:

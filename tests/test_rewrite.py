@@ -13,7 +13,16 @@ from timm import create_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from regulate import BlockCallError, UnsupportedModelError, disabled, is_regulated, kernels, regulate, unregulate
+from regulate import (
+    BlockCallError,
+    UnsupportedModelError,
+    _compat,
+    disabled,
+    is_regulated,
+    kernels,
+    regulate,
+    unregulate,
+)
 from regulate.models import CifarBlock
 from regulate.rewrite import install
 from regulate.rewrite.carrier import STACK
@@ -334,6 +343,13 @@ def test_checkpointing_by_block_gives_equal_gradients_and_leaves_nothing(form, e
     assert all(memory.state is None for memory in STACK.loose)
     with pytest.raises(BlockCallError):
         stage[1](Y)
+
+
+def test_checkpointing_by_block_works_where_torch_does_not_tell_of_backward_passes(monkeypatch):
+    stage = stirred(network("resnet18")).layer1
+    expected = gradients(stage, stage)
+    monkeypatch.setattr(_compat, "_graph_task", None)
+    assert close(gradients(stage, by_block(stage)), expected)
 
 
 @pytest.mark.use("torch", "torch.utils.checkpoint(use_reentrant=True): around stages; around blocks an error")

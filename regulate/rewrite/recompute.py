@@ -54,12 +54,13 @@ def _leaf(part: Tensor) -> Tensor:
 
 def is_repeated() -> bool:
     """Check whether the running call is a second one, in a backward pass."""
-    return not torch.compiler.is_compiling() and in_backward()
+    return not torch.compiler.is_compiling() and bool(in_backward())
 
 
 def noted(place: Place, args: Any) -> Memory | None:
     """Return the memory that entered a block in the run that is repeated; None outside of a backward pass."""
-    if not is_repeated() or not place.index:
+    # Where a torch does not tell whether it is inside of one, a note is enough: other runs have inputs of their own.
+    if torch.compiler.is_compiling() or in_backward() is False or not place.index:
         return None
     storage = _storage(args)
     number = running_node_number()
