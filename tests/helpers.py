@@ -17,7 +17,7 @@ except ImportError:  # timm before 1.0.12
 from regulate import regulate
 from regulate.build import private_rng
 from regulate.guard import regulators
-from regulate.models import cifar_resnet
+from regulate.models import CifarBlock, cifar_resnet
 from regulate.named import load_model
 from regulate.verify import example_inputs, perturb
 
@@ -31,6 +31,15 @@ def network(name: str, size: int = 64) -> nn.Module:
     else:
         model = load_model(name)
     return perturb(model, [example_inputs(model, (3, size, size), batch=8, seed=s) for s in (1, 2)]).eval()
+
+
+def small(*blocks: nn.Module, kind: type[nn.Module] = nn.Sequential) -> nn.Module:
+    """A convolution and a container of residual blocks of 8 channels, two if none are given."""
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), kind(*(blocks or (small_block(), small_block()))))
+
+
+def small_block() -> nn.Module:
+    return CifarBlock(8, 8, 1, "B", 0)
 
 
 def stir(model: nn.Module, scale: float = 0.1) -> nn.Module:
