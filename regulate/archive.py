@@ -103,6 +103,15 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
         ) from error
 
 
+def is_archive(path: str | os.PathLike[str]) -> bool:
+    """Check whether `write` made a file; a damaged one counts if its header can be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _KEY in (file.metadata() or {})
+    except Exception:  # whatever a parser makes of bytes that anyone may have written
+        return False
+
+
 def _record(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
     if _KEY not in metadata:
         raise CheckpointError(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import kernels
 from .api import regulate
 from .config import RegulatorConfig
-from .named import load_model
+from .open_model import backbone_and_options, open_model
 from .planner import draw
 
 PLAIN, REGULATED = "plain", "regulated"
@@ -30,7 +30,7 @@ class Setting:
     """What is measured, and how.
 
     Args:
-        model: a timm name, torchvision/NAME or cifar/DEPTH.
+        model: a timm name, torchvision/NAME, cifar/DEPTH, or a folder of `save_pretrained`.
         config: the regulators.
         train: a training step (forward, backward, SGD with momentum) instead of inference.
         batch: N.
@@ -42,6 +42,9 @@ class Setting:
         checkpointing: with gradient checkpointing, of networks that have timm's `set_grad_checkpointing`.
         rounds: measured steps of each network; two more warm up.
         stages: also with one stage regulated at a time.
+        weights: a file to load into the network, see `open_model`.
+        num_classes: width of the classifier; the library's if None.
+        in_chans: channels of the image; the library's if None.
     """
 
     model: str
@@ -56,6 +59,20 @@ class Setting:
     checkpointing: bool = False
     rounds: int = 10
     stages: bool = False
+    weights: str | None = None
+    num_classes: int | None = None
+    in_chans: int | None = None
+
+    def network(self) -> nn.Module:
+        """Build the plain network."""
+        opened = open_model(
+            self.model,
+            weights=self.weights,
+            num_classes=self.num_classes,
+            in_chans=self.in_chans,
+            config=self.config,
+        )
+        return backbone_and_options(opened, self.config)[0]
 
 
 def measure(setting: Setting) -> dict[str, Any]:
@@ -70,7 +87,7 @@ def measure(setting: Setting) -> dict[str, Any]:
         `arithmetic` ratio of multiply-adds, the setting and the machine.
     """
     config = setting.config
-    drawn = draw(load_model(setting.model), config, setting.size and (setting.size, setting.size))
+    drawn = draw(setting.network(), config, setting.size and (setting.size, setting.size))
     networks: dict[str, RegulatorConfig | None] = {PLAIN: None, REGULATED: config}
     if setting.stages:
         options = {name: getattr(config, name) for name in config.__dataclass_fields__}
@@ -94,7 +111,7 @@ def measure(setting: Setting) -> dict[str, Any]:
 def step(setting: Setting, config: RegulatorConfig | None, size: int) -> Callable[[], None]:
     """One step of a fresh network on random images; `config` None is the plain one."""
     torch.manual_seed(0)
-    model = load_model(setting.model)
+    model = setting.network()
     _wake(model)
     if config is not None:
         regulate(model, config=config, inplace=True)
@@ -115,10 +132,11 @@ def _wake(model: nn.Module) -> None:
 
 
 def step_of(model: nn.Module, setting: Setting, size: int) -> Callable[[], None]:
-    """One step of a network on random images, (N, 3, size, size)."""
+    """One step of a network on random images, (N, C, size, size)."""
     form = torch.channels_last if setting.channels_last else torch.contiguous_format
     model = model.train(setting.train).to(setting.device).to(memory_format=form)  # type: ignore[call-overload]
-    images = torch.randn(setting.batch, 3, size, size, device=setting.device).to(memory_format=form)
+    channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    images = torch.randn(setting.batch, channels, size, size, device=setting.device).to(memory_format=form)
     run = torch.compile(model) if setting.compile else model
     mixed: Any = torch.autocast(setting.device, torch.bfloat16) if setting.amp else nullcontext()
     optimizer = torch.optim.SGD(model.parameters(), 1e-6, 0.9)
@@ -197,7 +215,7 @@ def _twice(run: Callable[[], None]) -> None:
 
 def _resident_peak(setting: Setting, config: RegulatorConfig | None, size: int, threads: int, form: str) -> int:
     torch.set_num_threads(threads)
-    load_model(setting.model)  # imports what there is to import
+    setting.network()  # imports what there is to import
     with kernels.use(form):
         return resident_peak(lambda: _twice(step(setting, config, size)))
 

@@ -64,7 +64,7 @@ def save(model: nn.Module, path: File, *, regulator_only: bool = False, also: Se
     state = _state(model)
     record = {
         "model": identity(model),
-        "config": _options(model).to_dict(),
+        "config": options_of(model).to_dict(),
         "plan": layout(blocks(model)),
         "content": "regulator" if regulator_only else "all",
     }
@@ -190,7 +190,12 @@ def _kind(value: Tensor) -> str:
     return "a quantized tensor" if value.is_quantized else ""
 
 
-def _options(model: nn.Module) -> RegulatorConfig:
+def options_of(model: nn.Module) -> RegulatorConfig:
+    """Return the options that a model was regulated with.
+
+    Raises:
+        CheckpointError: its parts were regulated with different ones, or with a cell that is not in this library.
+    """
     found = [record.options for _, _, record in containers(model)]
     if any(options != found[0] for options in found):
         raise CheckpointError(

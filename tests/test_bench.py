@@ -54,11 +54,11 @@ def test_a_network_that_takes_more_memory_is_seen_to():
 def test_channels_last_and_autocast_reach_the_step():
     seen = []
     setting = Setting("cifar/20", RegulatorConfig(), batch=2, channels_last=True, amp=True)
-    model = bench.load_model("cifar/20")
+    model = setting.network()
     model.register_forward_pre_hook(lambda module, args: seen.append(args[0].is_contiguous()))
     model.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "load_model", lambda name: model)
+        patch.setattr(Setting, "network", lambda self: model)
         bench.step(setting, None, 16)()
     assert seen == [False, torch.bfloat16]
 
@@ -66,11 +66,13 @@ def test_channels_last_and_autocast_reach_the_step():
 def test_the_command(tmp_path, capsys):
     out = tmp_path / "found.json"
     command = ["bench", "cifar/20", "--cell", "rnn", "--batch", "2", "--size", "16", "--rounds", "1"]
-    assert main([*command, "--json", str(out)]) == 0
+    assert main([*command, "--out", str(out)]) == 0
     assert "multiply-adds 1." in capsys.readouterr().out
     assert json.loads(out.read_text())["setting"]["config"]["cell"] == "rnn"
-    assert main([*command, "--json", str(tmp_path / "none" / "found.json")]) == 2
+    assert main([*command, "--out", str(tmp_path / "none" / "found.json")]) == 2
     assert capsys.readouterr().err.startswith("regulate: there is no folder")
+    assert main([*command, "--json", "--in-chans", "1", "--num-classes", "7"]) == 0
+    assert json.loads(capsys.readouterr().out)["setting"]["num_classes"] == 7
     assert main(["bench", "cifar/many"]) == 2
     assert "cifar/20 and so on" in capsys.readouterr().err
     assert kernels.setting() == "auto"
