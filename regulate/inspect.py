@@ -23,6 +23,8 @@ from .modes import in_mode
 from .rewrite.disable import disabled
 from .rewrite.record import check_blocks_are_called
 
+# Gates in (-1, 1); the others are in (0, 1).
+TANH_GATES = "gn"
 _GATES = {(ConvLSTMCell, "gates"): "ifgo", (ConvGRUCell, "gates"): "rz"}
 
 
@@ -119,7 +121,7 @@ def _on_gates(tape: _Tape, cell: nn.Module, name: str) -> Callable[..., None]:
 
     def hook(module: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, ...]) -> None:
         for gate, value in zip(names, out, strict=True):
-            tape.gates[gate] = torch.tanh(value) if gate in "gn" else torch.sigmoid(value)
+            tape.gates[gate] = torch.tanh(value) if gate in TANH_GATES else torch.sigmoid(value)
 
     return hook
 
@@ -170,7 +172,7 @@ def gate_statistics(step: Step) -> dict[str, GateStatistics]:
     """Statistics of a step's gates, by name."""
     found = {}
     for name, value in step.gates.items():
-        low, high = (-1.0, 1.0) if name in "gn" else (0.0, 1.0)
+        low, high = (-1.0, 1.0) if name in TANH_GATES else (0.0, 1.0)
         edge = 0.05 * (high - low)
         saturated = ((value < low + edge) | (value > high - edge)).float().mean().item()
         found[name] = GateStatistics(value.mean().item(), value.std().item(), saturated)

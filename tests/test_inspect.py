@@ -9,7 +9,7 @@ import pytest
 import torch
 from matplotlib.image import imread, imsave
 
-from regulate import freeze_backbone, kernels, regulate, save
+from regulate import disabled, figures, freeze_backbone, kernels, regulate, save
 from regulate.cli import main
 from regulate.figures import draw
 from regulate.inspect import block_accuracy, gate_statistics, hidden_norm, outputs, record, similarity
@@ -177,8 +177,33 @@ def test_figures_are_drawn_and_not_blank(tmp_path):
     labels = torch.tensor([1, 2])
     made = draw(model, X, tmp_path, [(X, labels)])
     names = [*(f"maps-layer{i}.0" for i in (1, 2, 3, 4)), "similarity", "memory", "gates", "accuracy"]
-    assert [path.stem for path in made] == names
-    assert all(not_blank(path) for path in made)
+    assert [path.name for path in made] == [f"{name}.{ending}" for name in names for ending in ("png", "svg")]
+    assert all(not_blank(path) for path in made if path.suffix == ".png")
+    assert all("<svg" in path.read_text() for path in made if path.suffix == ".svg")
+
+
+def test_scales_of_figures():
+    model = stirred(network("torchvision/resnet18"))
+    steps = record(model, X)
+    shares = figures._memory(steps).axes[1]
+    assert shares.get_ylim()[0] == 0 and shares.get_ylim()[1] >= 1
+    assert all(float(tick).is_integer() for axis in figures._memory(steps).axes for tick in axis.get_xticks())
+    panels = figures._gates(steps).axes
+    assert len(panels) == 4 * 4
+    assert [round(axis.get_ylim()[0]) for axis in panels[::4]] == [0, 0, -1, 0]
+    with disabled(model):
+        plain = outputs(model, X[:1])
+    maps = figures._maps(steps["layer1.0"], plain, X[0])
+    images = [image.get_clim() for axis in maps.axes for image in axis.get_images()]
+    assert images[5:7] == images[7:9], "O with and without regulators are on one scale"
+    assert len([axis for axis in maps.axes if axis.get_label() == "<colorbar>"]) == 4
+
+
+def test_the_same_figure_is_the_same_file(tmp_path):
+    model = stirred(network("torchvision/resnet18"))
+    for name in "ab":
+        draw(model, X, tmp_path / name)
+    assert (tmp_path / "a" / "gates.png").read_bytes() == (tmp_path / "b" / "gates.png").read_bytes()
 
 
 @pytest.mark.parametrize("classes", [["a", "b"], [""]])
@@ -189,8 +214,8 @@ def test_one_command_draws_them_for_a_folder(classes, tmp_path, capsys):
     arguments = ["--weights", str(tmp_path / "model.safetensors"), "--images", str(images), "--size", "64"]
     assert main(["inspect", "resnet18", *arguments, "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out.split()
-    assert len(printed) == (8 if len(classes) > 1 else 7)
-    assert all(not_blank(path) for path in printed)
+    assert len(printed) == (16 if len(classes) > 1 else 14)
+    assert all(not_blank(path) for path in printed if path.endswith("png"))
 
 
 def test_a_folder_without_images_is_one_line(tmp_path, capsys):

@@ -11,12 +11,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from .tables import Report, Runs, difference
 
 
 def draw(runs: Runs, path: Path, title: str, reference: str) -> None:
-    """Draw an experiment's runs to a PNG file."""
+    """Draw an experiment's runs to a PNG file, and beside it to an SVG file."""
     figure, (points, differences, curves) = plt.subplots(
         1, 3, figsize=(16, 1.5 + 0.45 * max(6, len(runs))), layout="constrained"
     )
@@ -31,9 +32,12 @@ def draw(runs: Runs, path: Path, title: str, reference: str) -> None:
     points.set(xlabel="top-1 accuracy (%): each seed, and the mean", title=title)
     differences.axvline(0, color="grey", linewidth=1)
     differences.set(xlabel=f"difference from {reference}: each seed, and the 95 % interval", title="Seed by seed")
-    curves.set(xlabel="epoch", ylabel="mean top-1 accuracy (%)", title="Over the epochs")
+    curves.set(xlabel="epoch", ylabel="top-1 accuracy (%): mean and range of the seeds", title="Over the epochs")
+    curves.xaxis.set_major_locator(MaxNLocator(integer=True))
     curves.legend(fontsize="small")
     figure.savefig(path, dpi=100)
+    # Without a date: the same runs are the same file.
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     plt.close(figure)
 
 
@@ -54,8 +58,12 @@ def _difference(axes: Axes, place: int, arm: Sequence[Report], reference: Sequen
 
 def _curve(axes: Axes, name: str, arm: Sequence[Report]) -> None:
     tested = [
-        (number, statistics.mean(entry["top1"] for entry in entries))
+        (number, [entry["top1"] for entry in entries])
         for number, entries in enumerate(zip(*(one["epochs"] for one in arm), strict=True), 1)
         if "top1" in entries[0]
     ]
-    axes.plot(*zip(*tested, strict=True), "." if len(tested) == 1 else "-", label=name)
+    numbers = [number for number, _ in tested]
+    means = [statistics.mean(values) for _, values in tested]
+    (line,) = axes.plot(numbers, means, "." if len(tested) == 1 else "-", label=name)
+    lowest, highest = ([end(values) for _, values in tested] for end in (min, max))
+    axes.fill_between(numbers, lowest, highest, color=line.get_color(), alpha=0.15, linewidth=0)
