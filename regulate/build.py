@@ -75,7 +75,7 @@ def build_stage(model: nn.Module, stage: Stage, config: RegulatorConfig) -> list
             fusion = build_fusion(config, block, cell if block is first else None)
             weight = next(p for p in model.get_submodule(block.write).parameters() if p.dim() > 1)
             # First the dtype, in whose rounding the start is exact, then the values, then the device.
-            _start(fusion.to(weight.dtype), block, model, config.init)
+            start(fusion.to(weight.dtype), block, model, config.init)
             fusions.append(fusion.to(weight.device).train(model.get_submodule(block.write).training))
     return fusions
 
@@ -90,7 +90,15 @@ def private_rng(seed: int | None, salt: int) -> Iterator[None]:
         yield
 
 
-def _start(fusion: Fusion, block: Block, model: nn.Module, init: str) -> None:
+def start(fusion: Fusion, block: Block, model: nn.Module, init: str) -> None:
+    """Put a fusion at its start. In place; random values come from the global CPU generator.
+
+    Args:
+        fusion: of the block.
+        block: its plan.
+        model: the network, which is only read.
+        init: the option.
+    """
     normalised = not isinstance(fusion.mix_norm, nn.Identity)
     with torch.no_grad():
         fusion.mix.weight.normal_(std=1 / math.sqrt(fusion.mix.in_channels))

@@ -16,13 +16,17 @@ from .plan import Block
 from .rewrite.classes import original
 from .rewrite.record import containers
 
+# What regulate.timm puts before the names of timm's architectures.
+REGULATED = "regulated_"
+
 
 def identity(model: nn.Module) -> dict[str, str | None]:
     """Class name, and architecture if timm built it."""
     card = getattr(model, "pretrained_cfg", None)
+    architecture = card.get("architecture") if isinstance(card, Mapping) else None
     return {
         "class": original(type(model)).__qualname__,
-        "timm": card.get("architecture") if isinstance(card, Mapping) else None,
+        "timm": architecture.removeprefix(REGULATED) if isinstance(architecture, str) else None,
     }
 
 

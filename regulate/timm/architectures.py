@@ -1,0 +1,44 @@
+"""Which architectures of timm have residual blocks that can be regulated."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+
+import timm
+
+from ..fit import REGULATED as PREFIX
+
+__all__ = ["PREFIX", "architectures"]
+
+# Files of timm.models.
+_MODULES = (
+    "resnet",
+    "senet",
+    "resnetv2",
+    "regnet",
+    "byobnet",
+    "byoanet",
+    "sknet",
+    "res2net",
+    "resnest",
+    "dpn",
+    "inception_resnet_v2",
+    "nfnet",
+    "cspnet",
+    "tresnet",
+    "dla",
+    "hrnet",
+    "xception",
+    "xception_aligned",
+)
+# Those of them where every stage has one block, which has nothing to carry, or whose blocks are no sequence.
+_WITHOUT = ("resnet10t", "resnet14t", "resnest14d", "darknet17", "*_pruned", "mobileone_*", "repvgg_*", "test_*")
+
+
+def architectures() -> list[str]:
+    """Return the names of timm's architectures that have a regulated namesake, without the prefix."""
+    return [
+        name
+        for name in timm.list_models(module=_MODULES)
+        if not name.startswith(PREFIX) and not any(fnmatch(name, pattern) for pattern in _WITHOUT)
+    ]
