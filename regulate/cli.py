@@ -1,4 +1,4 @@
-"""`python -m regulate plan|verify|inspect|bench MODEL` and `python -m regulate paper`."""
+"""`regulate plan|verify|inspect|bench MODEL`, `regulate timm SCRIPT`, `regulate paper` and `regulate doctor`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from .errors import RegulateError
 from .guard import is_regulated
 from .inputs import sizes
 from .open_model import backbone_and_options, open_model
+from .script import run_script
 from .verify import verify
 
 MODEL = "a timm name, torchvision/NAME, cifar/DEPTH, or a folder of save_pretrained"
@@ -35,6 +36,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="JSON instead of text")
     _add_inspect(commands)
     _add_bench(commands)
+    _add_timm(commands)
+    text = "what runs on this machine and why, the versions, and what to install"
+    commands.add_parser("doctor", help=text, description=text)
     text = "the parameters and FLOPs that the paper prints, beside those that its architectures have"
     commands.add_parser("paper", help=text, description=text)
     return parser
@@ -82,6 +86,20 @@ def _add_bench(commands: Any) -> None:
     sub.add_argument("--by-stage", action="store_true", help="also with one stage regulated at a time")
     sub.add_argument("--json", action="store_true", help="JSON instead of text")
     sub.add_argument("--out", metavar="FILE", help="also write the figures there, as JSON")
+
+
+def _add_timm(commands: Any) -> None:
+    text = "run a script of timm's repository, such as train.py, with the regulated architectures registered"
+    sub = commands.add_parser("timm", help=text, description=text)
+    sub.add_argument("script", type=_script, help="its path")
+    sub.add_argument("arguments", nargs=argparse.REMAINDER, help="for the script: --model regulated_resnet50 ...")
+
+
+def _script(path: str) -> str:
+    if not Path(path).is_file():
+        hint = "timm's wheel has none, clone github.com/huggingface/pytorch-image-models"
+        raise argparse.ArgumentTypeError(f"there is no script {path}; {hint}")
+    return path
 
 
 def _config(args: argparse.Namespace) -> RegulatorConfig:
@@ -184,12 +202,29 @@ def _paper(args: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"plan": _plan, "verify": _verify, "inspect": _inspect, "bench": _bench, "paper": _paper}
+def _doctor(args: argparse.Namespace) -> int:
+    from .doctor import report
+
+    print(report())
+    return 0
+
+
+_COMMANDS = {
+    "plan": _plan,
+    "verify": _verify,
+    "inspect": _inspect,
+    "bench": _bench,
+    "paper": _paper,
+    "doctor": _doctor,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Return 0, 1 for a failed check, 2 for an error, which is one line on stderr."""
     args = _parser().parse_args(arguments)
+    if args.command == "timm":
+        run_script(args.script, args.arguments)  # whose errors are its own
+        return 0
     try:
         return _COMMANDS[args.command](args)
     except ModuleNotFoundError as error:
