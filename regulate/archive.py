@@ -123,6 +123,6 @@ def _record(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[s
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format {version!r}, and this version of regulate reads up to {FORMAT_VERSION}; "
-            "pip install --upgrade regulate"
+            "pip install --upgrade torch-regulate"
         )
     return dict(record)

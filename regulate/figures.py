@@ -58,7 +58,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib
     except ModuleNotFoundError as error:
-        missing = "figures need matplotlib: pip install 'regulate[inspect]'"
+        missing = "figures need matplotlib: pip install 'torch-regulate[inspect]'"
         raise ModuleNotFoundError(missing, name="matplotlib") from error
     if "matplotlib.pyplot" not in sys.modules:  # else whoever imported it has chosen where it draws
         matplotlib.use("Agg")

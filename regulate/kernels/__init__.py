@@ -2,7 +2,7 @@
 
 `regulate.equations` is the reference. Three faster forms stand beside it:
 
-    native   C++ for float32 on the CPU (light.cpp), compiled once per machine by the compiler that is there
+    native   C++ for float32 on the CPU (light.cpp), of the wheel, or compiled once by the compiler that is there
     triton   for CUDA
     aten     torch operations that use their buffers again, for every device and type
 
@@ -12,11 +12,22 @@ process is the environment variable REGULATE_KERNELS, one for a while and for th
 """
 
 from .choose import CHOICES, setting, use
-from .library import instruction_set
+from .library import instruction_set, origin
 from .library import why_not as why_no_native
 from .mixing import mixed
 from .norm import norm_relu
 from .step import step
 from .untouched import untouched
 
-__all__ = ["CHOICES", "instruction_set", "mixed", "norm_relu", "setting", "step", "untouched", "use", "why_no_native"]
+__all__ = [
+    "CHOICES",
+    "instruction_set",
+    "mixed",
+    "norm_relu",
+    "origin",
+    "setting",
+    "step",
+    "untouched",
+    "use",
+    "why_no_native",
+]

@@ -1,4 +1,7 @@
-"""Compiles the C++ beside this file."""
+"""Compiles the C++ beside this file, for this processor or for the instruction sets of a wheel.
+
+setup.py loads this file by itself: it imports nothing of this package and no torch.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ import platform
 import shlex
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 _HERE = Path(__file__).parent
@@ -18,6 +23,40 @@ _THIS_PROCESSOR = ("-march=native",)
 _SECONDS = 300  # that one call of the compiler may take
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Target:
+    """An instruction set that wheels hold a library for.
+
+    Args:
+        name: as compilers have it.
+        needs: features of the processor, as Linux names them.
+    """
+
+    name: str
+    needs: str = ""
+
+    @property
+    def file(self) -> str:
+        """Name of the library."""
+        return f"{self.name}.so"
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """For the compiler."""
+        return (f"-march={self.name}",)
+
+
+_V3 = "avx2 fma bmi1 bmi2 f16c abm movbe"
+_V4 = f"{_V3} avx512f avx512bw avx512cd avx512dq avx512vl"
+_ARM = (Target("armv8-a"),)
+# By machine, the fastest first. The last one runs on every processor of its kind.
+TARGETS = {
+    "x86_64": (Target("x86-64-v4", _V4), Target("x86-64-v3", _V3), Target("x86-64")),
+    "aarch64": _ARM,
+    "arm64": _ARM,
+}
 
 
 class BuildError(Exception):
@@ -63,7 +102,8 @@ def make_library(command: Sequence[str], out: Path, target: Sequence[str] = _THI
     Raises:
         BuildError: the compiler does not run, fails, or makes no file.
     """
-    _log.warning("regulate compiles its CPU kernels with %s: some seconds, once for this processor", command[0])
+    if target == _THIS_PROCESSOR:
+        _log.warning("regulate compiles its CPU kernels with %s: some seconds, once for this processor", command[0])
     objects = [str(out.with_name(f"{unit.stem}.o")) for unit in _units()]
     for unit, made in zip(_units(), objects, strict=True):
         compiling = [*command, *_FLAGS, *target, "-c", str(unit), "-o", made]
@@ -72,6 +112,27 @@ def make_library(command: Sequence[str], out: Path, target: Sequence[str] = _THI
     _must([*command, "-shared", *objects, "-o", str(out)], out.parent)
     if not out.is_file():
         raise BuildError(f"{command[0]} ended without an error and without a library")
+
+
+def make_for_wheel(folder: Path, machine: str) -> list[Path]:
+    """Compile a library for each instruction set of a kind of machine. Returns them; none without a compiler.
+
+    Args:
+        folder: of the libraries, made if need be.
+        machine: as `platform.machine()` names it.
+    """
+    made = []
+    for target in TARGETS.get(machine.lower(), ()):
+        with tempfile.TemporaryDirectory() as scratch:
+            new = Path(scratch) / target.file
+            try:
+                make_library(compiler(), new, target.flags)
+            except BuildError as error:
+                _log.warning("this wheel goes without the kernels for %s: %s", target.name, error)
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            made.append(Path(shutil.move(new, folder / target.file)))
+    return made
 
 
 def _must(command: list[str], folder: Path) -> None:

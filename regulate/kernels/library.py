@@ -1,4 +1,4 @@
-"""The compiled C++: loaded once, called with tensors."""
+"""The compiled C++: a wheel's, else compiled here; loaded once, called with tensors."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import functools
 import os
 import threading
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
 
-from . import build, cache
+from . import build, cache, shipped
 
 _FUNCTIONS = (
     "regulate_forward",
@@ -73,7 +74,7 @@ def channels_last(x: Tensor) -> bool:
 
 
 def why_not() -> str | None:
-    """Why the native kernel is off on this machine, or None if it is on. Compiles it on the first call."""
+    """Why the native kernel is off on this machine, or None if it is on. The first call may compile it."""
     found = library()
     return found if isinstance(found, str) else None
 
@@ -105,7 +106,18 @@ def library() -> ctypes.CDLL | str:
     return _found
 
 
+def origin() -> str | None:
+    """Return where the native kernels come from, or None without them."""
+    found = library()
+    if isinstance(found, str):
+        return None
+    return "from the wheel" if Path(found._name).parent == shipped.FOLDER else "compiled on this machine"
+
+
 def _find() -> ctypes.CDLL | str:
+    for path in shipped.libraries():
+        with suppress(OSError):  # made for another system: one that is compiled here fits
+            return _loaded(path)
     try:
         command = build.compiler()
         with cache.library_file(build.key(command), functools.partial(build.make_library, command)) as path:
