@@ -22,7 +22,7 @@ def report() -> str:
     installed = [name for name in _COMPANIONS if _version(name)]
     missing = [name for name in _COMPANIONS if name not in installed]
     lines = [
-        f"regulate     {__version__}, in {os.path.dirname(__file__)}",
+        f"regulate     {__version__} ({DISTRIBUTION}), in {os.path.dirname(__file__)}",
         f"Python       {platform.python_version()}, {platform.system()} {platform.machine()}",
         f"torch        {torch.__version__}, {torch.get_num_threads()} threads, {_device()}",
         f"beside it    {', '.join(f'{name} {_version(name)}' for name in installed) or 'nothing'}",

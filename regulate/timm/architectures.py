@@ -8,7 +8,7 @@ import timm
 
 from ..fit import REGULATED as PREFIX
 
-__all__ = ["PREFIX", "architectures"]
+__all__ = ["PREFIX", "architectures", "tagged"]
 
 # Files of timm.models.
 _MODULES = (
@@ -37,8 +37,14 @@ _WITHOUT = ("resnet10t", "resnet14t", "resnest14d", "darknet17", "*_pruned", "mo
 
 def architectures() -> list[str]:
     """Return the names of timm's architectures that have a regulated namesake, without the prefix."""
-    return [
-        name
-        for name in timm.list_models(module=_MODULES)
-        if not name.startswith(PREFIX) and not any(fnmatch(name, pattern) for pattern in _WITHOUT)
-    ]
+    return list(tagged())
+
+
+def tagged() -> dict[str, list[str]]:
+    """Return for each of them the names with their tags."""
+    found: dict[str, list[str]] = {}
+    for name in timm.list_models(module=_MODULES, include_tags=True):
+        architecture = name.partition(".")[0]
+        if not any(fnmatch(architecture, pattern) for pattern in _WITHOUT):
+            found.setdefault(architecture, []).append(name)
+    return found

@@ -6,10 +6,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from timm.models import DefaultCfg, get_arch_pretrained_cfgs, register_model
+from timm.models import DefaultCfg, get_pretrained_cfg, register_model
 from torch import nn
 
-from .architectures import PREFIX, architectures
+from .architectures import PREFIX, tagged
 from .create import create
 
 Entry = Callable[..., nn.Module]
@@ -20,13 +20,17 @@ default_cfgs: dict[str, Any] = {}
 
 def register() -> None:
     """Register a regulated namesake of each architecture. Builds none of them."""
-    for architecture in architectures():
+    for architecture, names in tagged().items():
         entry = _entry(architecture)
-        cards = {card.tag or "": card for card in get_arch_pretrained_cfgs(architecture).values()}
-        if cards:
-            weights = any(card.has_weights for card in cards.values())
-            default_cfgs[entry.__name__] = DefaultCfg(deque(cards), cards, weights)
+        default_cfgs[entry.__name__] = _cards(architecture, names)
         globals()[entry.__name__] = register_model(entry)
+
+
+def _cards(architecture: str, names: list[str]) -> DefaultCfg:
+    """The cards of an architecture by tag, the default first."""
+    default = get_pretrained_cfg(architecture)
+    cards = {card.tag or "": card for card in (default, *map(get_pretrained_cfg, names)) if card is not None}
+    return DefaultCfg(deque(cards), cards, any(card.has_weights for card in cards.values()))
 
 
 def _entry(architecture: str) -> Entry:
