@@ -47,7 +47,9 @@ class Wheel(bdist_wheel):
     def run(self) -> None:
         """Compile before the wheel's kind is settled."""
         self.run_command("build_py")
-        self.root_is_pure = not self.get_finalized_command("build_py").compiled
+        if self.get_finalized_command("build_py").compiled:
+            self.root_is_pure = False
+            self.distribution.has_ext_modules = lambda: True  # so that everything lies in one tree, platlib
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:

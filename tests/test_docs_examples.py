@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread, imsave
-from timm import create_model
 
 import regulate
 from regulate import plan
