@@ -25,6 +25,7 @@ from timm.models import (
 from timm.models._hub import save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.utils import CheckpointSaver, ModelEmaV3
+from torch import nn
 from torch.torch_version import TorchVersion
 
 import regulate.timm
@@ -227,9 +228,22 @@ def test_features_only_of_a_network_whose_stages_get_other_names(tmp_path):
     assert close(features(parts)[1:], expected[1:], 1e-6)
 
 
+class PlainCell(nn.Module):
+    """A cell of a user's own, with a convolution that timm would initialise."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(2 * channels, channels, 3, padding=1)
+
+    def forward(self, x, state):
+        before = torch.zeros_like(x) if state is None else state[0]
+        return (torch.tanh(self.conv(torch.cat([x, before], 1))),)
+
+
+@pytest.mark.parametrize("cell", ["lstm", PlainCell])
 @pytest.mark.parametrize("name", ["resnet18", "resnetv2_50"])
-def test_init_weights_keeps_the_start(name):
-    model = stir(build(f"regulated_{name}"))
+def test_init_weights_keeps_the_start(name, cell):
+    model = stir(build(f"regulated_{name}", cell=cell))
     cell = [p.clone() for _, part in regulators(model) if hasattr(part, "cell") for p in part.cell.parameters()]
     classifier = model.get_classifier().weight.clone()
     stem = next(model.parameters()).clone()
