@@ -67,9 +67,10 @@ def table(title: str, found: dict[str, dict[str, Any]]) -> str:
         plain, regulated = one["seconds"]["plain"], one["seconds"]["regulated"]
         peaks = [value and f"{value / 2**20:,.0f}" for value in one["peak_bytes"].values()]
         memory = (f"{peaks[0]}, {peaks[1]}", f"{one['memory_ratio']:.2f}") if all(peaks) else ("", "")
+        macs = f"{one['arithmetic']:.2f}" if one["arithmetic"] else ""
         lines.append(
             f"| `{name}` | {plain * 1e3:,.0f} | {regulated * 1e3:,.0f} | {one['ratio']['regulated']:.2f} | "
-            f"{memory[0]} | {memory[1]} | {one['arithmetic']:.2f} |"
+            f"{memory[0]} | {memory[1]} | {macs} |"
         )
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """Every private symbol of torch and timm that is used here, with what happens where it is missing.
 
 Only the dictionaries of an `nn.Module` (`_modules`, `_parameters`, `_buffers`), which are in every pickled module, and
-a tensor's `_version` are used elsewhere, too.
+a tensor's `_version` are used elsewhere, too. tests/test_compat.py takes each of the others away.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
+
+# Whether torch.compile reads context variables, and compiles anew where they have changed.
+COMPILER_READS_CONTEXT: bool = TorchVersion(torch.__version__) >= "2.14"
 
 
 def _symbol(path: str) -> Any:
@@ -53,6 +57,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 with suppress(ImportError):
     import_module("torch.utils.flop_counter")
 _flops: dict[Any, Callable[..., int]] = _symbol("utils.flop_counter.flop_registry") or {}
+_register_flops: Callable[[Any], Callable[[Any], Any]] | None = _symbol("utils.flop_counter.register_flop_formula")
 _tree_leaves: Callable[[Any], list[Any]] | None = _symbol("utils._pytree.tree_leaves")
 _tree_map: Callable[[Callable[[Any], Any], Any], Any] | None = _symbol("utils._pytree.tree_map")
 
@@ -90,14 +95,22 @@ else:
 SEES_OPERATORS: bool = not issubclass(DispatchMode, _Blind)
 
 
+class NoParameter:
+    """A mixin for symbols: `isinstance(symbol, nn.Parameter)` asks for these, and would record the question."""
+
+    _is_param = _is_buffer = False
+
+
 def is_tracing() -> bool:
     """Check whether torch.jit.trace records. Without the symbol: no."""
     return _tracing is not None and bool(_tracing())
 
 
 def in_backward() -> bool | None:
-    """Check whether this thread runs a backward pass. Without the symbol: None, which is not known."""
-    return None if _graph_task is None else _graph_task() != -1
+    """Check whether this thread runs a backward pass. Without the symbols: None, which is not known."""
+    if _graph_task is not None:
+        return _graph_task() != -1
+    return None if _autograd_node is None else _autograd_node() is not None
 
 
 def sequence_number() -> int:
@@ -209,10 +222,19 @@ def _mapped(do: Callable[[Any], Any], tree: Any) -> Any:
     return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
 
 
-def flops(operator: Any, args: Any, kwargs: Any, result: Any) -> int:
-    """Count the operations of one call of torch's operator. Without the symbols: 0."""
-    count = _flops.get(getattr(operator, "_overloadpacket", None))
+def flops(operator: Any, args: Any, kwargs: Any, result: Any) -> int | None:
+    """Count the operations of one call of torch's operator. Without the symbols: None, which is not known."""
+    packet = getattr(operator, "_overloadpacket", None)
+    # A registry that does not know convolutions by this name would count nothing and say 0.
+    if packet is None or torch.ops.aten.convolution not in _flops:
+        return None
+    count = _flops.get(packet)
     return 0 if count is None else count(*args, **kwargs, out_val=result)
+
+
+def flop_formula(operator: Any) -> Callable[[Function], Function]:
+    """Decorate the function that counts the operations of an operator of ours. Without the symbol: nobody asks it."""
+    return (lambda function: function) if _register_flops is None else _register_flops(operator)
 
 
 def compiled(model: nn.Module) -> nn.Module | None:

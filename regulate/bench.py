@@ -84,7 +84,7 @@ def measure(setting: Setting) -> dict[str, Any]:
     Returns:
         A dict for JSON: `seconds` per step (medians), `throughput` in images per second and `peak_bytes`
         (None where it cannot be measured) of each network, `ratio` of each to the plain one, the
-        `arithmetic` ratio of multiply-adds, the setting and the machine.
+        `arithmetic` ratio of multiply-adds (None where torch does not count them), the setting and the machine.
     """
     config = setting.config
     drawn = draw(setting.network(), config, setting.size and (setting.size, setting.size))
@@ -104,7 +104,7 @@ def measure(setting: Setting) -> dict[str, Any]:
         "peak_bytes": peaks,
         "ratio": {name: value / seconds[PLAIN] for name, value in seconds.items()},
         "memory_ratio": (peaks[REGULATED] or 0) / (peaks[PLAIN] or 1) or None,
-        "arithmetic": 1 + drawn.macs / drawn.base_macs,
+        "arithmetic": 1 + drawn.macs / drawn.base_macs if drawn.base_macs else None,
     }
 
 
@@ -277,6 +277,6 @@ def report(found: Mapping[str, Any]) -> str:
             f"{name if name in (PLAIN, REGULATED) else 'only ' + name:24}{seconds * 1e3:10.1f}"
             f"{found['throughput'][name]:11.1f}{found['ratio'][name]:9.3f}{f'{peak / 2**20:,.0f}' if peak else '':>11}"
         )
-    memory = f", peak memory {found['memory_ratio']:.3f}" if found["memory_ratio"] else ""
-    lines.append(f"multiply-adds {found['arithmetic']:.3f}{memory} of the plain network's")
-    return "\n".join(lines)
+    ratios = {"multiply-adds": found["arithmetic"], "peak memory": found["memory_ratio"]}
+    known = [f"{name} {ratio:.3f}" for name, ratio in ratios.items() if ratio]
+    return "\n".join([*lines, f"{', '.join(known)} of the plain network's"] if known else lines)

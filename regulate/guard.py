@@ -13,7 +13,7 @@ from .rewrite.record import check_regulated, is_regulated, regulators
 
 __all__ = ["check_model", "check_regulated", "is_regulated", "regulators", "unwrapped"]
 
-# What FSDP and FSDP2 make of a module, by class name: where these live differs from one torch to the next.
+# What FSDP and FSDP2 make of a module, by class name: to import torch.distributed.fsdp would take seconds.
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 
 

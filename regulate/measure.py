@@ -34,13 +34,13 @@ class Measured:
         shapes: for each node that holds a tensor its shape, for a tuple of tensors `"tuple"`, by node name.
         changed: pairs of nodes, by name: the first one's tensor was changed before the second one took it.
         operators: closed modules and operators between them, with shapes, by the opened module they ran in.
-        flops: floating-point operations of convolutions and matrix products.
+        flops: floating-point operations of convolutions and matrix products; None where torch does not tell.
     """
 
     shapes: Shapes
     changed: frozenset[tuple[str, str]] = frozenset()
     operators: dict[str, list[str]] = field(default_factory=dict)
-    flops: int = 0
+    flops: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,12 @@ class _Log(DispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.scope, self.quiet = "", False
         self.operators: dict[str, list[str]] = {}
-        self.flops = 0
+        self.flops: int | None = 0 if SEES_OPERATORS else None
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        self.flops += flops(function, args, kwargs or {}, result)
+        count = flops(function, args, kwargs or {}, result)
+        self.flops = None if self.flops is None or count is None else self.flops + count
         if not self.quiet and str(function) not in _CONSTANTS:
             self.note(str(function), result)
         return result

@@ -58,7 +58,7 @@ class Counted:
 
     row: Row
     parameters: int
-    flops: int
+    flops: int | None
 
 
 def _rows() -> list[Row]:
@@ -106,7 +106,8 @@ def count(row: Row) -> Counted:
     parameters, macs = (drawn.parameters, drawn.macs) if row.cell else (0, 0)
     if row.increase:
         return Counted(row, parameters, 2 * macs)
-    return Counted(row, parameters + drawn.base_parameters, macs + drawn.base_macs)
+    flops = None if drawn.base_macs is None else macs + drawn.base_macs
+    return Counted(row, parameters + drawn.base_parameters, flops)
 
 
 def _plan(row: Row) -> Plan:
@@ -148,7 +149,9 @@ def _line(counted: Counted) -> tuple[str, ...]:
     )
 
 
-def _beside(printed: float | None, ours: int, sign: str) -> tuple[str, str, str]:
+def _beside(printed: float | None, ours: int | None, sign: str) -> tuple[str, str, str]:
+    if ours is None:
+        return "-" if printed is None else f"{sign}{printed:,.0f}", "not known", "-"
     if printed is None:
         return "-", f"{sign}{ours:,}", "-"
     return f"{sign}{printed:,.0f}", f"{sign}{ours:,}", f"{ours - printed:+,.0f}"

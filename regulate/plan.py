@@ -87,7 +87,7 @@ class Plan:
         stages: what is regulated.
         skipped: what is not, with the reason.
         base_parameters: parameters of the network without regulators.
-        base_macs: its multiply-adds for one image (convolutions and matrix products).
+        base_macs: its multiply-adds for one image (convolutions and matrix products); None where torch does not tell.
     """
 
     model: str
@@ -96,7 +96,7 @@ class Plan:
     stages: tuple[Stage, ...]
     skipped: tuple[Skipped, ...]
     base_parameters: int
-    base_macs: int
+    base_macs: int | None
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -184,8 +184,7 @@ def _text(plan: Plan) -> str:
         ),
         "",
         f"new parameters {plan.parameters:,} ({_percent(plan.parameters, plan.base_parameters)} of "
-        f"{plan.base_parameters:,}), new multiply-adds {plan.macs / 1e6:,.1f}M "
-        f"({_percent(plan.macs, plan.base_macs)} of {plan.base_macs / 1e6:,.1f}M)",
+        f"{plan.base_parameters:,}), new multiply-adds {plan.macs / 1e6:,.1f}M {_of_base(plan)}",
     ]
     unit = [b.name for b in plan.blocks if b.norm.kind == "batch" and any(not s.norm for s in b.sources)]
     if unit and plan.options["fusion"] == "paper":
@@ -227,6 +226,12 @@ def _point(block: str, path: str) -> str:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _of_base(plan: Plan) -> str:
+    if plan.base_macs is None:
+        return "(this torch does not count the network's own)"
+    return f"({_percent(plan.macs, plan.base_macs)} of {plan.base_macs / 1e6:,.1f}M)"
 
 
 def _percent(part: int, whole: int) -> str:

@@ -35,14 +35,14 @@ class Survey:
         skipped: what cannot, with the reason.
         failed: paths of what could not be traced or measured as a whole.
         input_size: one image, (C, H, W), of the first part that was measured.
-        macs: multiply-adds of one image, of the parts that hold blocks.
+        macs: multiply-adds of one image, of the parts that hold blocks; None where torch does not tell.
     """
 
     sites: list[Site]
     skipped: list[Skipped]
     failed: list[str]
     input_size: tuple[int, ...]
-    macs: int
+    macs: int | None
 
 
 def survey(bare: nn.Module, config: RegulatorConfig, sizes: Sequence[Size], example: Inputs | None = None) -> Survey:
@@ -58,7 +58,7 @@ def survey(bare: nn.Module, config: RegulatorConfig, sizes: Sequence[Size], exam
     skipped: list[Skipped] = []
     failed: list[str] = []
     image: tuple[int, ...] = example.image[1:] if example else ()
-    macs = 0
+    macs: int | None = 0
     known = recorded(bare, example) if example else {}
     for root, made in traces(bare, known):
         if isinstance(made, str):
@@ -76,8 +76,8 @@ def survey(bare: nn.Module, config: RegulatorConfig, sizes: Sequence[Size], exam
         kinds = list(_blocks(Dataflow(made, measured), root, config, None if odd is None else odd.shapes))
         kinds = checked(kinds, made, measured, inputs, odd)
         if kinds:
-            # At two operations a multiply-add.
-            image, macs = image or inputs.image[1:], macs + measured.flops // (2 * inputs.image[0])
+            image = image or inputs.image[1:]
+            macs = _added(macs, measured.flops, inputs.image[0])
         sites += [kind for kind in kinds if isinstance(kind, Site)]
         skipped += [kind for kind in kinds if isinstance(kind, Skipped)]
         skipped += [Skipped(join(root, path), f"cannot be opened: {why}") for path, why in made.closed.items()]
@@ -85,6 +85,11 @@ def survey(bare: nn.Module, config: RegulatorConfig, sizes: Sequence[Size], exam
     # A whole whose parts gave blocks was not left alone.
     left = [s for s in dict.fromkeys(skipped) if not any(name.startswith(s.name and f"{s.name}.") for name in found)]
     return Survey(sites, left, failed, image, macs)
+
+
+def _added(macs: int | None, flops: int | None, images: int) -> int | None:
+    # At two operations a multiply-add.
+    return None if macs is None or flops is None else macs + flops // (2 * images)
 
 
 def _measured(made: Trace, sizes: Sequence[Size], known: Inputs | None) -> tuple[Measured, Inputs]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ._compat import Convolution
+from ._compat import Convolution, NoParameter
 from .errors import located
 from .inputs import Inputs, guessed
 from .modes import fixed_random_state
@@ -68,10 +68,8 @@ def holds_convolution(module: nn.Module) -> bool:
     return not is_convolution(module) and any(is_convolution(child) for child in module.modules())
 
 
-class _Proxy(fx.Proxy):
+class _Proxy(NoParameter, fx.Proxy):
     """A symbol that passes for a tensor where code asks, and records what is done in place as such."""
-
-    _is_param = _is_buffer = False
 
 
 def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:

@@ -9,11 +9,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-try:
-    from timm.optim import param_groups_layer_decay as param_groups_layer_decay
-except ImportError:  # timm before 1.0.12
-    from timm.optim.optim_factory import param_groups_layer_decay as param_groups_layer_decay
-
 from regulate import regulate
 from regulate.build import private_rng
 from regulate.guard import regulators

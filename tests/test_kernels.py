@@ -7,7 +7,6 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from torch.torch_version import TorchVersion
 from torch.utils.flop_counter import FlopCounterMode
 
 from regulate import kernels
@@ -167,7 +166,6 @@ def test_every_parameter_has_a_gradient_after_a_step_from_nothing():
         assert all(p.grad is not None for p in cell.parameters()), (name, form)
 
 
-@pytest.mark.skipif(TorchVersion(torch.__version__) < "2.5", reason="torch 2.4's counter sees no custom operators")
 def test_flops_of_the_operator():
     """The counter hooks all modules, so that cells take their readable form under it: the operator by itself."""
     for name in CELLS:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from timm import create_model
+from timm.optim import param_groups_layer_decay
 
 from regulate import regulate, regulator_parameters, regulator_state_dict
 from regulate.named import load_model
-
-from .helpers import param_groups_layer_decay
 
 MODELS = ["resnet18", "seresnext26d_32x4d", "legacy_seresnet18", "torchvision/resnet50", "resnet50_gn"]
 

@@ -49,17 +49,11 @@ def test_ddp_static(name):
     same_losses("ddp_static")
 
 
-HAS_FSDP2 = hasattr(torch.distributed.fsdp, "fully_shard")
-needs_fsdp2 = pytest.mark.skipif(not HAS_FSDP2, reason="fully_shard is public since torch 2.6")
-
-
-@needs_fsdp2
 @use("distributed", "FSDP2: fully_shard by stage, two processes (gloo)")
 def test_fsdp(name):
     same_losses("fsdp_stage")
 
 
-@needs_fsdp2
 @use("distributed", "FSDP2: fully_shard by block, two processes (gloo)")
 def test_fsdp_by_block(name):
     same_losses("fsdp_block")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -62,10 +60,6 @@ def test_inductor(name):
 
 def same_when_exported(name, strict):
     model = regulated(name)
-    try:
-        torch.export.export(plain(name), (X,), dynamic_shapes=(DYNAMIC,), strict=strict)
-    except torch._dynamo.exc.UserError:
-        pytest.skip(f"torch {torch.__version__} does not export the plain network with these dynamic sizes either")
     program = torch.export.export(model, (X,), dynamic_shapes=(DYNAMIC,), strict=strict).module()
     with torch.no_grad():
         for x in (X, ODD):
@@ -86,8 +80,6 @@ def test_export_strict(name):
 def test_onnx(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `dev`")
     pytest.importorskip("onnxscript", reason="needs the extra `dev`")
-    if "dynamic_shapes" not in inspect.signature(torch.onnx.export).parameters:
-        pytest.skip("this torch exports to ONNX by tracing alone")
     model = regulated(name)
     program = torch.onnx.export(model, (X,), dynamo=True, dynamic_shapes=(DYNAMIC,), verbose=False)
     program.save(tmp_path / "model.onnx")

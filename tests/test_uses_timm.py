@@ -9,7 +9,7 @@ import timm
 import torch
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 from timm.models._features import FeatureGetterNet, FeatureHookNet, FeatureListNet
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.utils import ModelEmaV3, freeze, unfreeze
 from timm.utils.model import reparameterize_model
 from torch import nn
@@ -19,7 +19,7 @@ from regulate import is_regulated, regulate, regulator_parameters
 from regulate.guard import regulators
 from regulate.verify import example_inputs, perturb
 
-from .helpers import param_groups_layer_decay, stir
+from .helpers import stir
 from .uses import TIMM, X, close, gradients, passing, plain, regulated, use
 
 # Where timm's feature taps of the last three stages lie.

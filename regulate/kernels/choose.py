@@ -9,7 +9,6 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
-from torch.torch_version import TorchVersion
 
 from .. import _compat
 from . import gpu, library
@@ -53,7 +52,7 @@ def use(choice: str) -> Iterator[None]:
     """Runs the body's steps in the given form, where the tensors allow it, and else in the readable one.
 
     In this thread, or this task of an event loop, and not in others; the environment variable REGULATE_KERNELS is
-    for all of the process. With torch before 2.15 a compiled model keeps the form that it was compiled with.
+    for all of the process. With torch before 2.14 a compiled model keeps the form that it was compiled with.
 
     Args:
         choice: `"auto"`, `"native"`, `"triton"`, `"aten"` or `"reference"`.
@@ -109,8 +108,8 @@ def choose(cell: str, x: Tensor, state: tuple[Tensor, ...] | None, weights: Sequ
     if asked == "reference" or not _plain(tensors):
         return None
     compiling = torch.compiler.is_compiling()
-    # First what is being traced: its shapes are not to be looked at.
-    if (_exporting() if compiling else _transformed()) or not _fitting(cell, x, state, weights, gates):
+    # First what is being traced: its shapes are not to be looked at. What is exported must run without this package.
+    if (torch.compiler.is_exporting() if compiling else _transformed()) or not _fitting(cell, x, state, weights, gates):
         return None
     device = x.device.type
     mixed = torch.is_autocast_enabled(device) if device in ("cpu", "cuda") else False
@@ -172,11 +171,6 @@ def dispatched() -> bool:
     return _compat.operators_are_watched()
 
 
-def _exporting() -> bool:
-    # What is exported must run without this package. Before torch 2.7 export looks like any compiling.
-    return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
-
-
 def _transformed() -> bool:
     """Tracing by torch.jit, vmap and the other function transforms, and forward-mode differentiation."""
     return _compat.is_tracing() or _compat.function_transforms_are_active() or _compat.forward_mode_is_active()
@@ -196,5 +190,5 @@ def _triton(compiling: bool) -> bool:
     return gpu.works("cuda")
 
 
-if TorchVersion(torch.__version__) < "2.15":  # whose compiler can neither read a context variable nor guard it
+if not _compat.COMPILER_READS_CONTEXT:
     _compat.constant_while_compiling(_asked)

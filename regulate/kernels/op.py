@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from .._compat import flop_formula
 from . import fused
 from .again import GATES
 
@@ -62,12 +62,12 @@ def _backward(ctx: Any, dh: Maybe, dc: Maybe) -> tuple[Maybe, ...]:
 light_step.register_autograd(_backward, setup_context=_save)
 
 
-@register_flop_formula(torch.ops.regulate.light_step)
+@flop_formula(torch.ops.regulate.light_step)
 def _flops(cell: str, x: Any, *rest: Any, **names: Any) -> int:
     """Two per multiply-add of the depthwise convolutions, which is what the counter sees of the readable form."""
     return 2 * 9 * GATES[cell] * x[0] * x[1] * x[2] * x[3]  # type: ignore[no-any-return]
 
 
-@register_flop_formula(torch.ops.regulate.light_step_backward)
+@flop_formula(torch.ops.regulate.light_step_backward)
 def _backward_flops(cell: str, x: Any, *rest: Any, **names: Any) -> int:
     return 2 * _flops(cell, x)

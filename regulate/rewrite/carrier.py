@@ -71,11 +71,14 @@ class Memory:
         state: what the cell returned last, None before the first step.
         index: the block that ran last.
         tracked: whether that block ran with gradients enabled.
+        repeated: whether it ran a second time, in a backward pass. Such a memory is for second runs alone.
     """
 
-    def __init__(self, chain: Chain, cell: Any, state: State | None, index: int, tracked: bool) -> None:
+    def __init__(
+        self, chain: Chain, cell: Any, state: State | None, index: int, tracked: bool, repeated: bool = False
+    ) -> None:
         self.chain, self.cell, self.state = chain, cell, state
-        self.index, self.tracked = index, tracked
+        self.index, self.tracked, self.repeated = index, tracked, repeated
 
 
 class Scope:

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
-from .._compat import in_backward, running_node_number, sequence_number
+from .._compat import COMPILER_READS_CONTEXT, in_backward, running_node_number, sequence_number
 from .carrier import Chain
 from .record import chains, check_regulated
 
@@ -24,7 +24,10 @@ _OPEN = 2**63
 
 
 class _Compiled(threading.local):
-    """The same while torch.compile follows a `with disabled(model)`: it cannot set a context variable."""
+    """The same for compiled code: it cannot set a context variable, and before torch 2.14 it cannot read one.
+
+    What it reads there instead is what this thread set last, in whichever of its tasks.
+    """
 
     def __init__(self) -> None:
         self.off: tuple[Chain, ...] = ()
@@ -72,7 +75,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         finally:
             _compiled.off = before
         return
-    _off.set((*_off.get(), *found))
+    _switch((*_off.get(), *found))
     begun = sequence_number()
     _open_span(found, begun)
     try:
@@ -80,13 +83,19 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         _close_span(found, begun)
         # Not back to what was before: interleaved generators do not end in the order in which they began.
-        _off.set(_without(_off.get(), found))
+        _switch(_without(_off.get(), found))
+
+
+def _switch(off: tuple[Chain, ...]) -> None:
+    _off.set(off)
+    if not COMPILER_READS_CONTEXT:
+        _compiled.off = off
 
 
 def is_off(chain: Chain) -> bool:
     """Check whether a chain runs without its regulators here and now."""
     if torch.compiler.is_compiling():
-        return _holds(_off.get(), chain) or _holds(_compiled.off, chain)
+        return _holds(_compiled.off, chain) or (COMPILER_READS_CONTEXT and _holds(_off.get(), chain))
     if in_backward() and running_node_number():
         # A second run for gradient checkpointing: what counts is when the first one was.
         number, thread = running_node_number(), _thread()

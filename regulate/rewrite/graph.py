@@ -24,7 +24,7 @@ from .record import CHAIN, RECORD, Record
 
 def run_switched(self: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a fusion, or hand its input through while its chain is switched off."""
-    chain: Chain | None = vars(self).get(CHAIN)
+    chain: Chain | None = self.__dict__.get(CHAIN)
     return args if chain is not None and is_off(chain) else forward(self, *args, **kwargs)
 
 

@@ -70,7 +70,7 @@ def noted(place: Place, args: Any) -> Memory | None:
 
 
 def forget_after_backward(memory: Memory) -> None:
-    """Empty a memory that a second run of blocks left behind, when the backward pass that asked for it ends."""
+    """Free the state that a second run of blocks left behind, when the backward pass that asked for it ends."""
 
     def forget() -> None:
         memory.state, memory.cell, memory.index = None, None, memory.chain.length

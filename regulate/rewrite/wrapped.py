@@ -26,7 +26,7 @@ class Pointed(Part):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Hand the input over at a read point; take the fused map in its place at a write point."""
         if STACK.top is not None and (args or kwargs):
-            for point in vars(self).get(POINTS, ()):
+            for point in self.__dict__.get(POINTS, ()):
                 frame = frame_of(point.place)
                 if frame is not None:
                     return _passed(super().__call__, point, frame, args, kwargs)
@@ -47,7 +47,7 @@ def _passed(call: Forward, point: Point, frame: Frame, args: tuple[Any, ...], kw
 
 def run_container(self: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a container's own forward with memories that end with it, however it ends."""
-    record = vars(self).get(RECORD)
+    record = self.__dict__.get(RECORD)
     if record is None:  # a slice of a Sequential, made anew from its class
         return forward(self, *args, **kwargs)
     outer = STACK.top
@@ -60,7 +60,7 @@ def run_container(self: nn.Module, forward: Forward, args: tuple[Any, ...], kwar
 
 def run_block(self: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a block's own forward with a frame in which its read and write points meet."""
-    place: Place | None = vars(self).get(PLACE)
+    place: Place | None = self.__dict__.get(PLACE)
     if place is None or is_off(place.chain):
         return forward(self, *args, **kwargs)
     _check_points(self, place)
@@ -79,7 +79,8 @@ def run_block(self: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: 
         assign(STACK, "top", outer)
         if not finished:
             keep(place.chain, None)
-    _leave(place, Memory(place.chain, entering.cell, frame.state, place.index, torch.is_grad_enabled()))
+    repeats = is_repeated()
+    _leave(place, Memory(place.chain, entering.cell, frame.state, place.index, torch.is_grad_enabled(), repeats))
     return out
 
 
@@ -88,7 +89,7 @@ def _entering(block: nn.Module, place: Place, regulator: nn.Module, args: Any) -
     if place.index == 0:
         return Memory(place.chain, _lasting(regulator.cell, block), None, -1, True)
     found = memory_of(place.chain)
-    if found is None or found.index >= place.index:
+    if found is None or found.index >= place.index or found.repeated != is_repeated():
         raise BlockCallError(_reentrant(place) if is_repeated() else _called_alone(place))
     if torch.is_grad_enabled() and not found.tracked and _needs_gradient(args):
         raise BlockCallError(_reentrant(place))
@@ -112,7 +113,7 @@ def _leave(place: Place, memory: Memory) -> None:
     """Hand the memory to the next block; behind the last one it is gone."""
     last = place.index + 1 == place.chain.length
     keep(place.chain, None if last else memory)
-    if is_repeated() and not last:
+    if memory.repeated and not last:
         forget_after_backward(memory)
 
 
@@ -147,7 +148,7 @@ def _check_points(block: nn.Module, place: Place) -> None:
                     "call unregulate(model) before modules of a regulated block are removed"
                 )
             module = child
-        if not any(point.place is place for point in vars(module).get(POINTS, ())):
+        if not any(point.place is place for point in module.__dict__.get(POINTS, ())):
             _adopt(module, place, path)
 
 
@@ -159,14 +160,14 @@ def _adopt(module: nn.Module, place: Place, path: str) -> None:
             "run the network once outside of torch.compile, which lets the new one take part in the memory"
         )
     for inner in module.modules():
-        if any(point.place.chain is place.chain for point in vars(inner).get(POINTS, ())):
+        if any(point.place.chain is place.chain for point in inner.__dict__.get(POINTS, ())):
             release(inner, POINTS)
     mark(module, Point(place, path == place.read, path == place.write))
 
 
 def mark(module: nn.Module, point: Point) -> None:
     """Give a module a role at a point. In place."""
-    vars(module)[POINTS] = (*vars(module).get(POINTS, ()), point)
+    vars(module)[POINTS] = (*module.__dict__.get(POINTS, ()), point)
     if not isinstance(module, Pointed):
         become(module, Pointed)
 
