@@ -43,6 +43,8 @@ _transforms: Callable[[], bool] | None = _symbol("_C._are_functorch_transforms_a
 _forward_mode: Any = _symbol("autograd.forward_ad")
 _level_is_known = _symbol("autograd.forward_ad._current_level") is not None
 
+_ALLOWING = "_disable_side_effect_safety_checks_for_current_subtracer"
+_COMPILED = "_orig_mod"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_OPTIONS = (
     "_forward_hooks_with_kwargs",
@@ -149,7 +151,7 @@ def assign(owner: Any, name: str, value: Any) -> None:
         # Imported here: torch's compiler takes more than a second to import.
         from torch._dynamo import utils
 
-        allowed = getattr(utils, "_disable_side_effect_safety_checks_for_current_subtracer", None)
+        allowed = getattr(utils, _ALLOWING, None)
         if allowed is not None:
             allowed(setattr, owner, name, value)
             return
@@ -240,7 +242,7 @@ def flop_formula(operator: Any) -> Callable[[Function], Function]:
 def compiled(model: nn.Module) -> nn.Module | None:
     """Return the model inside torch.compile's wrapper, which has no public class; None for any other module."""
     # Not .get(): a ScriptModule has children of another kind.
-    return model.get_submodule("_orig_mod") if "_orig_mod" in model._modules else None
+    return model.get_submodule(_COMPILED) if _COMPILED in model._modules else None
 
 
 def timm_config_writer() -> Callable[..., Any] | None:
