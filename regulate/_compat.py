@@ -24,8 +24,6 @@ def _symbol(path: str) -> Any:
     found: Any = torch
     for name in path.split("."):
         found = getattr(found, name, None)
-        if found is None:
-            return None
     return found
 
 
@@ -35,9 +33,8 @@ _autograd_node: Callable[[], Any] | None = _symbol("_C._current_autograd_node")
 _sequence_number: Callable[[], int] | None = _symbol("autograd._get_sequence_nr")
 _saving_hooks: Callable[[bool], Any] | None = _symbol("_C._autograd._top_saved_tensors_default_hooks")
 
-_queue_callback: Callable[[Callable[[], None]], None] | None = _symbol(
-    "autograd.Variable._execution_engine.queue_callback"
-)
+_engine: Any = _symbol("autograd.Variable._execution_engine")
+_queue_callback: Callable[[Callable[[], None]], None] | None = getattr(_engine, "queue_callback", None)
 _dispatch_modes: Callable[[], int] | None = _symbol("_C._len_torch_dispatch_stack")
 _transforms: Callable[[], bool] | None = _symbol("_C._are_functorch_transforms_active")
 _forward_mode: Any = _symbol("autograd.forward_ad")
@@ -235,7 +232,7 @@ def flops(operator: Any, args: Any, kwargs: Any, result: Any) -> int | None:
 
 
 def flop_formula(operator: Any) -> Callable[[Function], Function]:
-    """Decorate the function that counts the operations of an operator of ours. Without the symbol: nobody asks it."""
+    """Decorate the function that counts an operator's operations. Without the symbol: nobody asks it."""
     return (lambda function: function) if _register_flops is None else _register_flops(operator)
 
 
@@ -246,7 +243,7 @@ def compiled(model: nn.Module) -> nn.Module | None:
 
 
 def timm_config_writer() -> Callable[..., Any] | None:
-    """Return timm's function that writes down how it built a model. Where it has none: None."""
+    """Return timm's function that writes down how it built a model. Without the symbol: None."""
     with suppress(ImportError):
         return getattr(import_module("timm.models._hub"), "save_config_for_hf", None)
     return None

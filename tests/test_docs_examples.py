@@ -37,6 +37,17 @@ def test_the_readme_counts_the_zoo():
     assert f"{len(COUNTS)} architectures are checked one by one" in " ".join((ROOT / "README.md").read_text().split())
 
 
+def test_lower_bounds_are_the_same_everywhere():
+    found = re.findall(r"^ *(torch|torchvision|timm)>=([\d.]+)$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
+    bounds = dict(found)
+    assert len(set(found)) == len(bounds) == 3
+    supported = ", ".join(f"{name} {bounds[name]}" for name in ("torch", "torchvision", "timm"))
+    assert f"{supported} or newer" in (ROOT / "README.md").read_text()
+    row = re.search(r"\| oldest \| \S+ \| (\S+) \| (\S+) \| (\S+) \|", (ROOT / "docs" / "compatibility.md").read_text())
+    for name, tried in zip(("torch", "timm", "torchvision"), row.groups(), strict=True):
+        assert tried.removesuffix(".0") == bounds[name]
+
+
 def test_every_public_name_is_in_the_api_page():
     page = (ROOT / "docs" / "api.md").read_text()
     assert [name for name in regulate.__all__ if name != "__version__" and name not in page] == []

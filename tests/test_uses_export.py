@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch.export import Dim
+from torch.torch_version import TorchVersion
 
 from .uses import ONE, X, close, plain, regulated, use
 
@@ -58,7 +59,16 @@ def test_inductor(name):
         assert close(torch.compile(model, fullgraph=True)(X), model(X))
 
 
+def skip_without_dynamic_sizes(name, strict=False):
+    """torch 2.7 to 2.9 find a condition on a plain ResNet's height."""
+    try:
+        torch.export.export(plain(name), (X,), dynamic_shapes=(DYNAMIC,), strict=strict)
+    except torch._dynamo.exc.UserError:
+        pytest.skip(f"torch {torch.__version__} does not export the plain network with these dynamic sizes either")
+
+
 def same_when_exported(name, strict):
+    skip_without_dynamic_sizes(name, strict)
     model = regulated(name)
     program = torch.export.export(model, (X,), dynamic_shapes=(DYNAMIC,), strict=strict).module()
     with torch.no_grad():
@@ -80,6 +90,7 @@ def test_export_strict(name):
 def test_onnx(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `dev`")
     pytest.importorskip("onnxscript", reason="needs the extra `dev`")
+    skip_without_dynamic_sizes(name)
     model = regulated(name)
     program = torch.onnx.export(model, (X,), dynamo=True, dynamic_shapes=(DYNAMIC,), verbose=False)
     program.save(tmp_path / "model.onnx")
@@ -94,7 +105,8 @@ def test_onnx(name, tmp_path):
 @use("torch", "torch.jit.trace (TorchScript is deprecated in torch)", SOME)
 def test_jit_trace(name):
     model = regulated(name)
-    traced = torch.jit.trace(model, X)
+    # Before torch 2.8 two traces of one network may differ in the order of a tuple, which the check takes for an error.
+    traced = torch.jit.trace(model, X, check_trace=TorchVersion(torch.__version__) >= "2.8")
     with torch.no_grad():
         assert close(traced(X), model(X))
         assert close(traced(X[:1]), model(X[:1]))
