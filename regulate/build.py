@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .cells import CELLS
 from .config import RegulatorConfig
@@ -21,7 +22,8 @@ from .plan import Block, Stage
 
 _PROTOCOL = (
     "the protocol: cell(channels) builds an nn.Module whose forward(x, state) returns a tuple of tensors, H of x's "
-    "shape first; state is what it returned for the block before, None for the first one; see regulate.cells"
+    "shape and dtype first; state is what it returned for the block before, as a plain tuple, None for the first one; "
+    "see regulate.cells"
 )
 
 
@@ -33,6 +35,11 @@ def build_cell(config: RegulatorConfig, channels: int, dims: int) -> nn.Module:
     cell = config.cell(channels)
     if not isinstance(cell, nn.Module):
         raise TypeError(f"cell must build an nn.Module from a channel count, got {type(cell).__name__}; {_PROTOCOL}")
+    if any(is_lazy(tensor) for tensor in (*cell.parameters(), *cell.buffers())):
+        raise TypeError(
+            f"a cell's parameters are counted before it runs, and {type(cell).__name__} holds a lazy module, which has "
+            "none yet; give its layers their sizes, which follow from the channel count"
+        )
     return cell
 
 
@@ -70,6 +77,7 @@ def build_stage(model: nn.Module, stage: Stage, config: RegulatorConfig) -> list
     fusions = []
     with private_rng(config.seed, stage.index):
         cell = build_cell(config, first.read_width, first.dims)
+        _check_new(cell, model.get_submodule(first.write))
         _check_protocol(cell, first)
         for block in stage.blocks:
             fusion = build_fusion(config, block, cell if block is first else None)
@@ -116,20 +124,45 @@ def start(fusion: Fusion, block: Block, model: nn.Module, init: str) -> None:
 
 def _check_protocol(cell: nn.Module, block: Block) -> None:
     """Run two steps of a cell on zeros, in eval mode: norms of its own learn nothing from that."""
-    x = torch.zeros(1, block.read_width, *(3,) * block.dims)
-    _check_call(cell.forward, "a cell is called with its input and its state", x, None)
+    shape = (1, block.read_width, *(3,) * block.dims)
+    like = next((p for p in cell.parameters() if p.is_floating_point()), torch.empty(0))
+    _check_call(cell.forward, "a cell is called with its input and its state", torch.empty(0), None)
     state: Any = None
     with torch.no_grad(), in_mode(cell, training=False):
         for _ in range(2):
+            x = torch.zeros(shape, dtype=like.dtype, device=like.device)
+            given = (x, *(state or ()))
+            versions = [part._version for part in given]
             try:
-                state = cell(x, state)
+                new = cell(x, state)
             except Exception as error:
                 what = "None" if state is None else "what it returned before"
                 raise TypeError(
-                    f"{type(cell).__name__} does not run on an input of {tuple(x.shape)} with {what} as its state: "
+                    f"{type(cell).__name__} does not run on an input of {shape} with {what} as its state: "
                     f"{first_line(error)}; {_PROTOCOL}"
                 ) from error
-            _check_state(cell, state, x)
+            _check_state(cell, new, x)
+            _check_unwritten(cell, [part._version != old for part, old in zip(given, versions, strict=True)])
+            state = tuple(new)  # as the block passes it on
+
+
+def _check_new(cell: nn.Module, point: nn.Module) -> None:
+    """Raise TypeError for a cell that was made for the plan, whose modules have no memory."""
+    if any(p.is_meta for p in cell.parameters()) and not any(p.is_meta for p in point.parameters()):
+        raise TypeError(
+            f"each call of cell builds a new module, and this {type(cell).__name__} is on the meta device, as if it "
+            "had been kept from the call that counts its parameters; build it anew each time"
+        )
+
+
+def _check_unwritten(cell: nn.Module, written: list[bool]) -> None:
+    """Raise TypeError for a cell that changes what the block goes on to use, or a checkpoint to run again."""
+    if any(written):
+        what = "its input" if written[0] else "the state that it was given"
+        raise TypeError(
+            f"a cell makes new tensors, and {type(cell).__name__} writes to {what} in place; write h = x * 2 for "
+            f"x.mul_(2), or begin with x.clone(); {_PROTOCOL}"
+        )
 
 
 def _check_state(cell: nn.Module, state: Any, x: Tensor) -> None:
@@ -141,6 +174,11 @@ def _check_state(cell: nn.Module, state: Any, x: Tensor) -> None:
         raise TypeError(
             f"a cell's hidden state has the shape of its input, {tuple(x.shape)}; {type(cell).__name__} returned "
             f"{tuple(state[0].shape)}; use padding that keeps the grid"
+        )
+    if state[0].dtype != x.dtype:
+        raise TypeError(
+            f"a cell's hidden state has the dtype of its input, {x.dtype}; {type(cell).__name__} returned "
+            f"{state[0].dtype}; convert it back"
         )
 
 

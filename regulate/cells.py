@@ -5,8 +5,9 @@ Cell protocol, for cells of your own as well: an `nn.Module` with
     forward(x, state: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]
 
 `x` is (N, C, H, W), or (N, C, D, H, W) in a 3-D network. The result is the new state, its first
-element the hidden state H of x's shape; `None` stands for a state of zeros. The block replaces the
-first element by its normalised, rectified H before the state travels on to the next block.
+element the hidden state H of x's shape and dtype; `None` stands for a state of zeros. A cell writes neither
+to x nor to its state. The block replaces the first element by its normalised, rectified H before the state
+travels on, as a plain tuple, to the next block.
 """
 
 from __future__ import annotations
