@@ -122,6 +122,54 @@ def test_data_parallel_training_reaches_every_parameter(wrap, make, one_process)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def parametrized():
+    """A network with a parametrized weight at a write point, and a parameter of a block."""
+    model = network("resnet18")
+    parametrize.register_parametrization(model.layer1[1].conv2, "weight", Doubled())
+    model.layer1[0].extra = nn.Parameter(torch.ones(1))
+    parametrize.register_parametrization(model.layer1[0], "extra", Doubled())
+    return model
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_parametrizations_from_before_can_be_removed_afterwards(inplace):
+    model = parametrized()
+    regulated = stir(regulate(model, inplace=inplace)).eval()
+    with torch.no_grad():
+        expected = regulated(X)
+        assert torch.equal(copy.deepcopy(regulated)(X), expected)
+        parametrize.register_parametrization(regulated.layer1[0], "extra", Doubled())
+        assert regulated.layer1[0].extra == 4
+        parametrize.remove_parametrizations(regulated.layer1[0], "extra")
+        parametrize.remove_parametrizations(regulated.layer1[1].conv2, "weight")
+        assert torch.equal(regulated(X), expected)
+        backbone = unregulate(regulated)(X)
+        assert not torch.allclose(backbone, expected, rtol=1e-2)
+    assert type(regulated.layer1[1].conv2) is nn.Conv2d
+    assert type(regulated.layer1[0]) is type(regulated.layer2[0])
+    if not inplace:
+        assert torch.equal(model(X), backbone), "the original went on to have its own"
+
+
+def test_unregulate_gives_parametrized_modules_their_class_back():
+    model = parametrized()
+    before = [type(module) for module in model.modules()]
+    regulate(model, inplace=True)
+    block = model.layer1[0]
+    assert [type(module) for module in unregulate(model).modules()] == before
+    regulate(model, inplace=True)
+    block.more = nn.Parameter(torch.ones(1))
+    parametrize.register_parametrization(block, "more", Doubled())
+    unregulate(model)
+    assert (block.more, block.extra) == (2, 2)
+    assert type(block).__bases__ == (type(model.layer2[0]),)
+
+
 def test_unregulate_says_when_another_tool_has_changed_a_holder():
     class Plus(nn.Module):
         def forward(self, x):

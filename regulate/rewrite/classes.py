@@ -15,6 +15,9 @@ from torch import nn
 
 Forward = Callable[..., Any]
 
+# Of a parametrized class that roles were put below: what it was before.
+_PARAMETRIZED = "_regulate_parametrized"
+
 # By role and original; the classes live as long as the process, as any class does.
 _made: dict[tuple[type, type], type] = {}
 
@@ -40,20 +43,49 @@ class Part(nn.Module):
 
 def become(module: nn.Module, role: type[Part]) -> None:
     """Give a module a role: its class becomes the subclass for it. In place."""
+    own = type(module)
+    made = _over(own, subclass(role, core(own))) if _is_parametrized(own) else subclass(role, own)
     # Not by the user's own __setattr__.
-    object.__setattr__(module, "__class__", subclass(role, type(module)))
+    object.__setattr__(module, "__class__", made)
 
 
 def leave(module: nn.Module, role: type[Part]) -> None:
     """Take a role from a module, if it has it and no other tool has changed its class since. In place."""
-    roles, own = _lineage(type(module))
+    found = type(module)
+    inner = core(found) if _PARAMETRIZED in vars(found) else found
+    roles, own = _lineage(inner)
     if role in roles:
-        object.__setattr__(module, "__class__", _with_roles(own, [one for one in roles if one is not role]))
+        left = _with_roles(own, [one for one in roles if one is not role])
+        object.__setattr__(module, "__class__", left if inner is found else _over(found, left))
 
 
 def is_plain(module: nn.Module) -> bool:
     """Check whether no other tool has changed a module's class on top of its roles."""
-    return not isinstance(module, Part) or "_regulate_role" in vars(type(module))
+    return not isinstance(module, Part) or bool({"_regulate_role", _PARAMETRIZED} & vars(type(module)).keys())
+
+
+def core(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that `torch.nn.utils.parametrize` made a module's class from, or the class itself."""
+    return cls.__bases__[0] if _is_parametrized(cls) else cls
+
+
+def _is_parametrized(cls: type) -> bool:
+    base = cls.__bases__[0]
+    return len(cls.__bases__) == 1 and cls.__name__ == f"Parametrized{base.__name__}" and "__getstate__" in vars(cls)
+
+
+def _over(parametrized: type[nn.Module], inner: type[nn.Module]) -> type[nn.Module]:
+    """Return a module's parametrized class over another one.
+
+    Roles go below it: when the last parametrization is removed, torch deletes its property from the module's class and
+    gives the module that class's first base.
+    """
+    first: type[nn.Module] = vars(parametrized).get(_PARAMETRIZED, parametrized)
+    members = {k: v for k, v in vars(parametrized).items() if k not in ("__dict__", "__weakref__", _PARAMETRIZED)}
+    if inner is core(first) and members.keys() == vars(first).keys() - {"__dict__", "__weakref__"}:
+        return first
+    marked = {_PARAMETRIZED: first} if issubclass(inner, Part) else {}
+    return type(parametrized.__name__, (inner,), {**members, **marked})
 
 
 def original(cls: type[nn.Module]) -> type[nn.Module]:
@@ -88,6 +120,8 @@ def _wrapping(inner: Forward, run: Callable[..., Any]) -> Forward:
 def _lineage(cls: type) -> tuple[list[type[Part]], type]:
     """The roles of a class, the first one first, and the class without them."""
     roles: list[type[Part]] = []
+    if _PARAMETRIZED in vars(cls):
+        return _lineage(cls.__bases__[0])[0], vars(cls)[_PARAMETRIZED]
     while "_regulate_role" in vars(cls):
         roles.insert(0, vars(cls)["_regulate_role"])
         cls = vars(cls)["_regulate_own"]
