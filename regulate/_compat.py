@@ -7,7 +7,7 @@ a tensor's `_version` are used elsewhere, too. tests/test_compat.py takes each o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -182,6 +182,25 @@ def drop_hooks(module: nn.Module) -> bool:
     for name in (*_HOOKS, *_HOOK_OPTIONS):
         getattr(module, name, {}).clear()
     return had
+
+
+@contextmanager
+def without_global_hooks() -> Iterator[None]:
+    """Keep the hooks of all modules out of the body, and put them back. Without the symbols: they run.
+
+    They are the process's: like torch.fx while it traces, this is seen by other threads.
+    """
+    every = [getattr(_modules, name, {}) for name in _HOOKS_EVERYWHERE]
+    held = [dict(hooks) for hooks in every]
+    for hooks in every:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in zip(every, held, strict=True):
+            added = dict(hooks)
+            hooks.clear()
+            hooks.update({**before, **added})
 
 
 def constant_while_compiling(function: Function) -> Function:

@@ -277,8 +277,17 @@ def _outweighs(trunk: Sequence[fx.Node], branch: set[fx.Node], found: dict[fx.No
     return True
 
 
+def _takes_map_first(flow: Dataflow, conv: fx.Node) -> bool:
+    """Whether the first argument of a convolution's call is its map: a class of the user's own may take others."""
+    first = next(iter((*conv.args, *conv.kwargs.values())), None)
+    shape = flow.shape(first) if isinstance(first, fx.Node) else None
+    return shape is not None and len(shape) > 2
+
+
 def _points(flow: Dataflow, block: Found) -> Found:
     trunk = block.trunk
+    if not all(_takes_map_first(flow, conv) for conv in trunk):
+        return replace(block, reason="a convolution in it is not called with its map first")
     if len(trunk) >= 2:
         read, write = trunk[1], trunk[-1]
     elif len(trunk) == 1 and set(block.convolutions) & flow.ancestors(entering(trunk[0]), trunk[0]):

@@ -65,6 +65,18 @@ def test_something_called_regulator_is_named_before_anything_happens(value, inpl
     assert snapshot(model) == before
 
 
+class Unreadable(CifarBlock):
+    @property
+    def regulator(self):
+        raise RuntimeError("not yet")
+
+
+def test_a_property_called_regulator_is_named_as_well():
+    model = small(*(Unreadable(8, 8, 1, "B", 0) for _ in range(2)))
+    with pytest.raises(UnsupportedModelError, match=r"1\.0 .*something of that name"):
+        regulate(model, inplace=True)
+
+
 def snapshot(model):
     """Everything about a model that an edit could change, by identity."""
     return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -12,6 +13,9 @@ from torch import nn
 
 from regulate import (
     BlockCallError,
+    NoBlocksError,
+    UnsupportedModelError,
+    disabled,
     is_regulated,
     plan,
     regulate,
@@ -20,7 +24,7 @@ from regulate import (
 from regulate.models import CifarBlock
 from regulate.rewrite.carrier import STACK, Chain, Place, aligned
 
-from .helpers import network, small, small_block, stirred
+from .helpers import network, small, small_block, stir, stirred
 
 X = torch.randn(2, 3, 64, 64)
 Y = torch.randn(2, 64, 16, 16)
@@ -98,6 +102,54 @@ def test_blocks_called_in_order_are_the_stage():
             by_hand = one(by_hand)
         assert torch.equal(by_hand, model.layer1(z))
     assert STACK.loose == ()
+
+
+def test_passes_by_hand_that_take_turns_do_not_meet():
+    """As in a pipeline, or in generators and tasks of one thread."""
+    stage = stirred(network("resnet34")).layer1
+    inputs = [torch.randn(2, 64, 16, 16) for _ in range(3)]
+    with torch.no_grad():
+        expected = [stage(x) for x in inputs]
+        maps = inputs
+        for one in stage:
+            maps = [one(x) for x in maps]
+        assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))
+        first, second = stage[0](inputs[0]), stage[0](inputs[1])
+        assert torch.equal(stage[2](stage[1](first)), expected[0])
+        del second  # given up
+        assert torch.equal(stage[2](stage[1](stage[0](inputs[2])) * 1), expected[2])
+    assert STACK.loose == ()
+
+
+def test_where_it_cannot_be_told_whose_turn_it_is_a_pass_is_refused():
+    stage = stirred(network("resnet34")).layer1
+    with torch.no_grad():
+        first, second = stage[0](Y), stage[0](Y + 1)
+        with pytest.raises(BlockCallError, match="2 passes through stage layer1 take turns here"):
+            stage[1](first * 1)
+        assert torch.equal(stage[1:](second), stage(Y + 1))
+        stage[1:](first)
+
+
+class Both(nn.Module):
+    """Blocks run on a pair where there is one, in turns."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.blocks = nn.Conv2d(3, 8, 1), nn.ModuleList(small_block() for _ in range(3))
+
+    def forward(self, x, y=None):
+        maps = [self.stem(one) for one in (x, y) if one is not None]
+        for block in self.blocks:
+            maps = [block(one) for one in maps]
+        return maps if y is not None else maps[0]
+
+
+def test_a_container_that_runs_two_passes_in_turns_keeps_them_apart():
+    model = stirred(Both())
+    x, y = torch.randn(2, 2, 3, 8, 8)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(model(x, y), (model(x), model(y)), strict=True))
 
 
 @pytest.mark.parametrize("index", [1, -1])
@@ -183,6 +235,85 @@ def test_a_point_that_is_gone_is_an_error():
     del model.layer1[0].conv2
     with pytest.raises(BlockCallError, match="conv2, which is gone"):
         model(X)
+
+
+@pytest.mark.parametrize(("path", "what"), [("layer1.1.regulator", "regulator"), ("layer1.0.regulator.cell", "cell")])
+@pytest.mark.parametrize("remove", [delattr, lambda owner, name: setattr(owner, name, None)])
+def test_a_regulator_that_is_gone_is_an_error(path, what, remove):
+    model = regulate(network("resnet18"))
+    plain = unregulate(copy.deepcopy(model))
+    owner, _, name = path.rpartition(".")
+    remove(model.get_submodule(owner), name)
+    with pytest.raises(BlockCallError, match=f"calls its {what}, which was removed"):
+        model(X)
+    with torch.no_grad():
+        with disabled(model):
+            assert torch.equal(model(X), plain(X))
+        assert torch.equal(unregulate(model)(X), plain(X))
+
+
+def test_blocks_in_another_container_are_the_same_stage_and_can_be_taken_apart():
+    model = stirred(network("resnet18"))
+    with torch.no_grad():
+        expected = model(X)
+        model.layer1 = nn.Sequential(*model.layer1)
+        assert torch.equal(model(X), expected)
+    assert not is_regulated(unregulate(model))
+    del regulate(model, inplace=True).layer1[1]
+    model.layer1 = nn.Sequential(*model.layer1)
+    with pytest.raises(UnsupportedModelError, match="taken apart as a whole"):
+        unregulate(model)
+
+
+def test_two_networks_that_share_a_convolution_are_regulated_each_for_itself():
+    a, b = network("resnet18"), network("resnet18")
+    b.layer1[1].conv2 = a.layer1[1].conv2
+    for one in (a, b):
+        stir(regulate(one, inplace=True))
+    with torch.no_grad():
+        expected = b(X)
+        unregulate(a)
+        assert torch.allclose(torch.compile(b, backend="eager", fullgraph=True)(X), expected, atol=1e-4)
+    unregulate(b)
+    assert type(a.layer1[1].conv2) is nn.Conv2d
+
+
+class Scaled(nn.Conv2d):
+    """A convolution of somebody's own that takes another argument first."""
+
+    def forward(self, scale, x):
+        return super().forward(x) * scale
+
+
+class ScaledBlock(nn.Module):
+    def __init__(self, keywords):
+        super().__init__()
+        self.conv1, self.conv2, self.keywords = Scaled(8, 8, 3, padding=1), Scaled(8, 8, 3, padding=1), keywords
+
+    def forward(self, x):
+        y = torch.relu(self.conv1(1.0, x))
+        return x + (self.conv2(scale=torch.tensor(2.0), x=y) if self.keywords else self.conv2(2.0, y))
+
+
+@pytest.mark.parametrize("keywords", [False, True])
+def test_a_convolution_whose_map_is_not_its_first_argument_is_left_alone(keywords):
+    with pytest.raises(NoBlocksError, match="not called with its map first"):
+        regulate(small(ScaledBlock(keywords), ScaledBlock(keywords)))
+
+
+def test_a_point_that_is_called_with_something_else_later_is_an_error():
+    class Late(CifarBlock):
+        late = False
+
+        def forward(self, x):
+            if self.late:
+                self.conv2(None)
+            return super().forward(x)
+
+    model = regulate(small(Late(8, 8, 1, "B", 0), Late(8, 8, 1, "B", 0)))
+    model[1][1].late = True
+    with pytest.raises(BlockCallError, match=r"called with its map first.* with a NoneType there"):
+        model(torch.randn(2, 3, 8, 8))
 
 
 def replica(module: nn.Module) -> nn.Module:

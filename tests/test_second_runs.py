@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from regulate import (
     disabled,
     kernels,
 )
+from regulate.kernels import aten, native
 from regulate.rewrite.carrier import STACK
 
 from .helpers import network, stirred
@@ -114,6 +116,74 @@ def test_reentrant_checkpointing_works_by_stage_and_is_an_error_by_block():
         gradients(stage, lambda _: by_block(stage, reentrant=True)(x))
     with pytest.raises(BlockCallError, match="use_reentrant=False"):
         stage[1](checkpoint(stage[0], x, use_reentrant=True))
+
+
+FORMS = {"reference": None, "aten": None, "native": "reference", "auto": "aten"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("way", ["by block", "stage", "stage, reentrant"])
+def test_a_second_run_takes_the_form_of_the_first_wherever_the_backward_pass_is(way, form, monkeypatch):
+    """In another form it saves other tensors, which torch calls an error."""
+    stage, ran = stirred(network("resnet18")).layer1, []
+    for name, module in (("native", native), ("aten", aten)):
+        run = module.forward if name == "native" else module.step
+        monkeypatch.setattr(module, run.__name__, lambda *args, name=name, run=run: (ran.append(name), run(*args))[1])
+    x = Y.clone().requires_grad_()
+    expected = gradients(stage, lambda _: stage(x))
+    ran.clear()
+    runs = {
+        "by block": lambda: by_block(stage)(x),
+        "stage": lambda: checkpoint(stage, x, use_reentrant=False),
+        "stage, reentrant": lambda: checkpoint(stage, x, use_reentrant=True),
+    }
+    stage.zero_grad()
+    with kernels.use(form):
+        out = runs[way]()
+    once = list(ran)
+    assert set(once) == {"reference": set(), "auto": {"native"}}.get(form, {form})
+    with kernels.use(FORMS[form]) if FORMS[form] else nullcontext():
+        out.square().mean().backward()
+    assert ran == 2 * once
+    assert close({name: p.grad for name, p in stage.named_parameters()}, expected)
+
+
+def test_a_hook_in_a_backward_pass_may_switch_and_choose_for_itself():
+    plain = network("resnet18")
+    model = stirred(plain)
+    found = {}
+
+    def hook(grad):
+        with torch.no_grad():
+            with disabled(model):
+                found["off"] = model(X)
+            with kernels.use("aten"):
+                found["form"] = kernels.setting()
+            found["on"], found["after"] = model(X), kernels.setting()
+
+    x = torch.ones(1, requires_grad=True)
+    y = x * 2
+    y.register_hook(hook)
+    (y * 3).sum().backward()
+    with torch.no_grad():
+        assert torch.equal(found["off"], plain(X))
+        assert torch.equal(found["on"], model(X))
+    assert (found["form"], found["after"]) == ("aten", "auto")
+
+
+def test_many_uses_between_the_two_runs():
+    """As where gradients of many small batches are taken at once."""
+    plain = network("resnet18")
+    stage, x = stirred(plain).layer1, Y.clone().requires_grad_()
+    off = gradients(plain.layer1, plain.layer1)
+    stage.zero_grad()
+    with disabled(stage), kernels.use("reference"):
+        out = checkpoint(stage, x, use_reentrant=True)
+    for _ in range(200):
+        with disabled(stage), kernels.use("aten"):
+            x * 1
+    out.square().mean().backward()
+    assert close({name: p.grad for name, p in stage.named_parameters() if p.grad is not None}, off)
 
 
 @pytest.mark.parametrize("way", ["by block", "stage", "stage, reentrant"])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _compat
+from ..spans import Spans, repeated_node
 from . import gpu, library
 
 CHOICES = ("auto", "native", "triton", "aten", "reference")
@@ -24,12 +25,15 @@ class _Use:
     """One `with use(...)`, told from another one with the same choice."""
 
     def __init__(self, choice: str) -> None:
-        self.choice = choice
+        self.choice, self.in_backward = choice, bool(repeated_node())
 
 
 # All that have begun and not ended here, the latest last. Of generators that take turns the first may end first: each
 # takes out its own.
 _uses: ContextVar[tuple[_Use, ...]] = ContextVar("regulate.kernels.use", default=())
+
+# The same, and those that have ended, for what a backward pass runs again.
+_spans = Spans()
 
 # The latest in code that torch.compile is tracing, which cannot set a context variable.
 _traced: str | None = None
@@ -37,13 +41,19 @@ _traced: str | None = None
 
 def setting() -> str:
     """The form that is asked for here, one of `CHOICES`."""
-    if _traced is not None and torch.compiler.is_compiling():
-        return _traced
-    return _asked()
+    if torch.compiler.is_compiling():
+        return _asked() if _traced is None else _traced
+    return _asked_at_first(number) if (number := repeated_node()) else _asked()
 
 
 def _asked() -> str:
     uses = _uses.get()
+    return uses[-1].choice if uses else _DEFAULT
+
+
+def _asked_at_first(number: int) -> str:
+    """What was asked for when a node was made whose backward runs a block again, or here by a hook of a user's own."""
+    uses = [use for use in _uses.get() if use.in_backward] or _spans.around(number)
     return uses[-1].choice if uses else _DEFAULT
 
 
@@ -52,7 +62,8 @@ def use(choice: str) -> Iterator[None]:
     """Runs the body's steps in the given form, where the tensors allow it, and else in the readable one.
 
     In this thread, or this task of an event loop, and not in others; the environment variable REGULATE_KERNELS is
-    for all of the process. With torch before 2.14 a compiled model keeps the form that it was compiled with.
+    for all of the process. Gradient checkpointing runs a block again in the form in which it ran first, wherever the
+    backward pass is. With torch before 2.14 a compiled model keeps the form that it was compiled with.
 
     Args:
         choice: `"auto"`, `"native"`, `"triton"`, `"aten"` or `"reference"`.
@@ -77,9 +88,11 @@ def use(choice: str) -> Iterator[None]:
         return
     own = _Use(choice)
     _uses.set((*_uses.get(), own))
+    begun = _spans.begin(own)
     try:
         yield
     finally:
+        _spans.end(own, begun)
         _uses.set(tuple(one for one in _uses.get() if one is not own))
 
 

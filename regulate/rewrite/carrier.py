@@ -15,9 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils.weak import TensorWeakRef
 
-from .._compat import assign, is_tracing
+from .._compat import assign, is_tracing, tree_leaves
 from ..errors import BlockCallError
+from ..spans import Spans
 
 State = tuple[Tensor, ...]
 
@@ -34,8 +36,7 @@ class Chain:
 
     def __init__(self, name: str, length: int) -> None:
         self.name, self.length = name, length
-        # Thread, begin and end of uses of `disabled`, in sequence numbers of autograd; see `disable.py`.
-        self.off_spans: tuple[tuple[int | None, int, int], ...] = ()
+        self.off = Spans()  # uses of `disabled`, see `disable.py`
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Chain, (self.name, self.length)
@@ -72,13 +73,21 @@ class Memory:
         index: the block that ran last.
         tracked: whether that block ran with gradients enabled.
         repeated: whether it ran a second time, in a backward pass. Such a memory is for second runs alone.
+        out: what that block put out, as `held` made it.
     """
 
     def __init__(
-        self, chain: Chain, cell: Any, state: State | None, index: int, tracked: bool, repeated: bool = False
+        self,
+        chain: Chain,
+        cell: Any,
+        state: State | None,
+        index: int,
+        tracked: bool,
+        repeated: bool = False,
+        out: TensorWeakRef | None = None,
     ) -> None:
         self.chain, self.cell, self.state = chain, cell, state
-        self.index, self.tracked, self.repeated = index, tracked, repeated
+        self.index, self.tracked, self.repeated, self.out = index, tracked, repeated, out
 
 
 class Scope:
@@ -136,21 +145,56 @@ def scope_of(chain: Chain) -> Scope | _Stack:
     return STACK
 
 
-def memory_of(chain: Chain) -> Memory | None:
-    """Return the memory of a chain, None if no block of it has run."""
-    scope = scope_of(chain)
-    for memory in scope.memories if isinstance(scope, Scope) else scope.loose:
-        if memory.chain is chain:
+def held(out: Any) -> TensorWeakRef | None:
+    """A weak reference to a block's first output, by which the next block knows what it goes on with."""
+    return None if torch.compiler.is_compiling() or (first := first_tensor(out)) is None else TensorWeakRef(first)
+
+
+def first_tensor(tree: Any) -> Tensor | None:
+    """Return the first tensor in arguments or results."""
+    return next(
+        (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and not isinstance(leaf, fx.Proxy)), None
+    )
+
+
+def memory_for(chain: Chain, args: Any, repeated: bool) -> Memory | None:
+    """Return the memory that a block of a chain goes on with, None if no block of it has run.
+
+    Second runs, in a backward pass, go on with what second runs left.
+
+    Raises:
+        BlockCallError: passes take turns, and which one the arguments belong to cannot be told.
+    """
+    memories = [one for one in _memories(chain) if one.chain is chain and one.repeated == repeated]
+    if len(memories) < 2:
+        return memories[0] if memories else None
+    entering = first_tensor(args)
+    for memory in memories:
+        if memory.out is not None and memory.out() is entering:
             return memory
-    return None
+    raise BlockCallError(
+        f"{len(memories)} passes through {chain.name} take turns here, and the input of a block is the output of a "
+        "block before it in none of them; hand on what a block returns as it is, or end one pass before the next begins"
+    )
 
 
-def keep(chain: Chain, memory: Memory | None) -> None:
-    """Replace the memory of a chain; None forgets it."""
+def _memories(chain: Chain) -> tuple[Memory, ...]:
     scope = scope_of(chain)
-    name = "memories" if isinstance(scope, Scope) else "loose"
-    others = tuple(one for one in getattr(scope, name) if one.chain is not chain)
-    assign(scope, name, others if memory is None else (*others, memory))
+    return scope.memories if isinstance(scope, Scope) else scope.loose
+
+
+def replace(chain: Chain, old: Memory | None, new: Memory | None) -> None:
+    """Put a memory in another one's place; None forgets it, and None as the old one begins a pass.
+
+    With that, passes that nobody can go on with are forgotten: those that ended, and those whose output is gone.
+    """
+    scope = scope_of(chain)
+    kept = [one for one in _memories(chain) if one is not old and (one.chain is not chain or _lives(one))]
+    assign(scope, "memories" if isinstance(scope, Scope) else "loose", (*kept, *(() if new is None else (new,))))
+
+
+def _lives(memory: Memory) -> bool:
+    return memory.index < memory.chain.length and memory.out is not None and memory.out() is not None
 
 
 def frame_of(place: Place) -> Frame | None:

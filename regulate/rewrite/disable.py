@@ -10,17 +10,16 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
-from .._compat import COMPILER_READS_CONTEXT, in_backward, running_node_number, sequence_number
+from .._compat import COMPILER_READS_CONTEXT
+from ..spans import repeated_node
 from .carrier import Chain
 from .record import chains, check_regulated
 
-# The chains that run without their regulators in this context: thread, task or generator.
+# The chains that run without their regulators in this context: thread, task or generator. Chains, and not uses:
+# torch.compile guards what it finds here, and would compile anew for each use.
 _off: ContextVar[tuple[Chain, ...]] = ContextVar("regulate_disabled", default=())
-# Chains are shared by threads, and so are their spans.
-_lock = threading.Lock()
-# How many uses of `disabled` a backward pass can look back on.
-_SPANS = 64
-_OPEN = 2**63
+# Those of uses that began inside of a backward pass, as in a hook of the user's own.
+_off_in_hook: ContextVar[tuple[Chain, ...]] = ContextVar("regulate_disabled_in_hook", default=())
 
 
 class _Compiled(threading.local):
@@ -75,19 +74,25 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         finally:
             _compiled.off = before
         return
-    _switch((*_off.get(), *found))
-    begun = sequence_number()
-    _open_span(found, begun)
+    in_hook = bool(repeated_node())
+    _switch((*_current(in_hook), *found), in_hook)
+    own = object()
+    begun = [chain.off.begin(own) for chain in found]
     try:
         yield model
     finally:
-        _close_span(found, begun)
+        for chain, number in zip(found, begun, strict=True):
+            chain.off.end(own, number)
         # Not back to what was before: interleaved generators do not end in the order in which they began.
-        _switch(_without(_off.get(), found))
+        _switch(_without(_current(in_hook), found), in_hook)
 
 
-def _switch(off: tuple[Chain, ...]) -> None:
-    _off.set(off)
+def _current(in_hook: bool) -> tuple[Chain, ...]:
+    return (_off_in_hook if in_hook else _off).get()
+
+
+def _switch(off: tuple[Chain, ...], in_hook: bool) -> None:
+    (_off_in_hook if in_hook else _off).set(off)
     if not COMPILER_READS_CONTEXT:
         _compiled.off = off
 
@@ -96,10 +101,9 @@ def is_off(chain: Chain) -> bool:
     """Check whether a chain runs without its regulators here and now."""
     if torch.compiler.is_compiling():
         return _holds(_compiled.off, chain) or (COMPILER_READS_CONTEXT and _holds(_off.get(), chain))
-    if in_backward() and running_node_number():
+    if number := repeated_node():
         # A second run for gradient checkpointing: what counts is when the first one was.
-        number, thread = running_node_number(), _thread()
-        return any(begun <= number < ended and thread in (of, None) for of, begun, ended in chain.off_spans)
+        return _holds(_off_in_hook.get(), chain) or bool(chain.off.around(number))
     return _holds(_off.get(), chain)
 
 
@@ -115,24 +119,3 @@ def _without(off: tuple[Chain, ...], found: tuple[Chain, ...]) -> tuple[Chain, .
         if at is not None:
             del left[at]
     return tuple(left)
-
-
-def _thread() -> int | None:
-    """This thread, whose numbers of autograd are its own; None for one of autograd's, which serve others."""
-    thread = threading.current_thread()
-    return None if isinstance(thread, threading._DummyThread) else thread.ident
-
-
-def _open_span(found: tuple[Chain, ...], begun: int) -> None:
-    with _lock:
-        for chain in found:
-            chain.off_spans = (*chain.off_spans, (_thread(), begun, _OPEN))[-_SPANS:]
-
-
-def _close_span(found: tuple[Chain, ...], begun: int) -> None:
-    ended = sequence_number()
-    with _lock:
-        for chain in found:
-            others = tuple(span for span in chain.off_spans if span != (_thread(), begun, _OPEN))
-            # Where no node was made, as without gradients, there is nothing to look back on.
-            chain.off_spans = (*others, (_thread(), begun, ended)) if ended > begun else others

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
+from .._compat import without_global_hooks
 from ..build import build_stage
 from ..config import RegulatorConfig
 from ..errors import UnsupportedModelError, first_line
@@ -15,11 +17,11 @@ from ..fusion import Fusion
 from ..paths import relative
 from ..plan import Block, Plan, Stage
 from .carrier import Chain, Place
-from .classes import Part, become, is_plain, subclass
+from .classes import Part, become, core, is_plain, subclass
 from .graph import install_in_graph, uninstall_from_graph
-from .record import PLACE, POINTS, RECORD, Point, Record, containers, place_of, regulated_blocks
+from .record import PLACE, POINTS, RECORD, Point, Record, chains, containers, regulated_blocks, whole
 from .wrapped import Block as RegulatedBlock
-from .wrapped import Container, Pointed, mark, release
+from .wrapped import Container, Pointed, forget_points, mark, release
 
 Undo = list[Callable[[], None]]
 
@@ -78,16 +80,22 @@ def prepare(model: nn.Module, plan: Plan, config: RegulatorConfig) -> Prepared:
             _check_name(model.get_submodule(block.name), block.name)
         if not isinstance(container, fx.GraphModule):
             _check_classes(model, stage)
-    fusions = {
-        block.name: fusion
-        for stage in plan.stages
-        for block, fusion in zip(stage.blocks, build_stage(model, stage, config), strict=True)
-    }
+    # The new parameters can be trained wherever regulate was called.
+    with torch.inference_mode(False), without_global_hooks():
+        fusions = {
+            block.name: fusion
+            for stage in plan.stages
+            for block, fusion in zip(stage.blocks, build_stage(model, stage, config), strict=True)
+        }
     return Prepared(plan, fusions)
 
 
 def _check_name(module: nn.Module, path: str) -> None:
-    if hasattr(module, "regulator"):
+    try:
+        taken = hasattr(module, "regulator")
+    except Exception:  # a property of that name that cannot be read now
+        taken = True
+    if taken:
         raise UnsupportedModelError(
             f"regulate adds a submodule called `regulator` to each block, and {path} ({type(module).__name__}) has "
             "something of that name; rename it"
@@ -104,7 +112,9 @@ def _check_classes(model: nn.Module, stage: Stage) -> None:
 
 def _check_class(module: nn.Module, role: type[Part], path: str) -> None:
     """Try the class that a module will get, on an empty object of its class."""
-    own = type(module)
+    own = core(type(module))
+    if isinstance(module, role):  # by another network that shares the module
+        return
     try:
         object.__setattr__(own.__new__(own), "__class__", subclass(role, own))
     except Exception as error:
@@ -150,7 +160,7 @@ def _install_block(model: nn.Module, block: Block, place: Place, fusion: Fusion,
 
     def restore() -> None:
         for point in _points(model, block):
-            release(point, POINTS)
+            forget_points(point, [place.chain])
         release(module, PLACE)
         module._modules.pop("regulator", None)
 
@@ -188,9 +198,10 @@ def _below(stage: Stage, path: str) -> Stage:
 
 def check_removable(model: nn.Module) -> None:
     """Raise UnsupportedModelError where another tool has changed a class since, or for a part of a stage."""
-    whole = {id(chain) for _, _, record in containers(model) for chain in record.chains}
+    # With its container, or without one: somebody may have put the blocks into another.
+    known = {chain for _, _, record in containers(model) for chain in record.chains} | whole(model)
     for path, block in regulated_blocks(model):
-        if id(vars(block)[PLACE].chain) not in whole:
+        if vars(block)[PLACE].chain not in known:
             raise UnsupportedModelError(
                 f"a stage is taken apart as a whole, and {path or 'this module'} is one block of "
                 f"{vars(block)[PLACE].chain.name}; call unregulate on the module that runs all of it"
@@ -205,15 +216,14 @@ def check_removable(model: nn.Module) -> None:
 
 def uninstall(model: nn.Module) -> None:
     """Give every object its class back and take the regulators out. In place; `check_removable` comes first."""
-    held = list(containers(model))
+    held, here = list(containers(model)), chains(model)
     blocks = [module for _, module in regulated_blocks(model)]
     points = [module for module in model.modules() if POINTS in vars(module)]
     for point in points:
-        release(point, POINTS)
+        forget_points(point, here)
     for block in blocks:
-        assert place_of(block) is not None
         release(block, PLACE)
-        del block._modules["regulator"]
+        block._modules.pop("regulator", None)
     for _, container, record in held:
         if isinstance(container, fx.GraphModule):
             uninstall_from_graph(container, record)

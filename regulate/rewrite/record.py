@@ -80,7 +80,7 @@ def regulators(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if CHAIN in vars(module):
             yield path, module
-        elif PLACE in vars(module):
+        elif PLACE in vars(module) and module._modules.get("regulator") is not None:
             yield join(path, "regulator"), module.get_submodule("regulator")
 
 
@@ -105,6 +105,15 @@ def check_regulated(model: nn.Module) -> None:
         raise NotRegulatedError(
             f"this needs a regulated model, and {type(model).__name__} has no regulators; call regulate(model) first"
         )
+
+
+def whole(model: nn.Module) -> set[Chain]:
+    """Return the chains of which every block is in the model, at its place."""
+    at: dict[Chain, set[int]] = {}
+    for _, block in regulated_blocks(model):
+        place: Place = vars(block)[PLACE]
+        at.setdefault(place.chain, set()).add(place.index)
+    return {chain for chain, indices in at.items() if len(indices) == chain.length}
 
 
 def check_blocks_are_called(model: nn.Module) -> None:

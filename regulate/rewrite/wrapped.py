@@ -5,15 +5,29 @@ Each wraps one call; the user's code inside stays as it is.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.func import functional_call
 
 from .._compat import assign, tree_leaves
 from ..errors import BlockCallError
-from .carrier import STACK, Frame, Memory, Place, Scope, frame_of, keep, memory_of, pass_read, pass_write
+from .carrier import (
+    STACK,
+    Chain,
+    Frame,
+    Memory,
+    Place,
+    Scope,
+    frame_of,
+    held,
+    memory_for,
+    pass_read,
+    pass_write,
+    replace,
+)
 from .classes import Forward, Part, become, leave
 from .disable import is_off
 from .recompute import forget_after_backward, is_repeated, note, noted
@@ -35,6 +49,13 @@ class Pointed(Part):
 
 def _passed(call: Forward, point: Point, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0] if args else next(iter(kwargs.values()))
+    if not isinstance(x, torch.Tensor | fx.Proxy):
+        place = point.place
+        raise BlockCallError(
+            f"a module at a read or write point is called with its map first, and block {place.index} of "
+            f"{place.chain.name} called the one at {place.write if point.writes else place.read} with a "
+            f"{type(x).__name__} there; unregulate(model) and leave that stage out with stages=[...]"
+        )
     if point.reads:
         pass_read(frame, x)
     if not point.writes:
@@ -51,8 +72,8 @@ def run_container(self: nn.Module, forward: Forward, args: tuple[Any, ...], kwar
     if record is None:  # a slice of a Sequential, made anew from its class
         return forward(self, *args, **kwargs)
     outer = STACK.top
-    assign(STACK, "top", Scope(outer, record.chains))
     try:
+        assign(STACK, "top", Scope(outer, record.chains))
         return forward(self, *args, **kwargs)
     finally:
         assign(STACK, "top", outer)
@@ -64,32 +85,49 @@ def run_block(self: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: 
     if place is None or is_off(place.chain):
         return forward(self, *args, **kwargs)
     _check_points(self, place)
-    regulator = self._modules["regulator"]
-    assert regulator is not None
+    regulator = _regulator(self, place)
     repeated = noted(place, (args, kwargs))
-    entering = repeated or _entering(self, place, regulator, (args, kwargs))
+    before = None if repeated else _before(place, (args, kwargs))
+    entering = repeated or before or Memory(place.chain, _lasting(regulator.cell, self), None, -1, True)
     outer = STACK.top
     frame = Frame(outer, place, regulator, entering.cell, entering.state)
-    assign(STACK, "top", frame)
     finished = False
     try:
+        assign(STACK, "top", frame)
         out = forward(self, *args, **kwargs)
         finished = True
     finally:
         assign(STACK, "top", outer)
         if not finished:
-            keep(place.chain, None)
-    repeats = is_repeated()
-    _leave(place, Memory(place.chain, entering.cell, frame.state, place.index, torch.is_grad_enabled(), repeats))
+            replace(place.chain, before, None)
+    repeats, tracked = is_repeated(), torch.is_grad_enabled()
+    after = Memory(place.chain, entering.cell, frame.state, place.index, tracked, repeats, held(out))
+    # Behind the last block the memory is gone.
+    last = place.index + 1 == place.chain.length
+    replace(place.chain, before, None if last else after)
+    if repeats and not last:
+        forget_after_backward(after)
     return out
 
 
-def _entering(block: nn.Module, place: Place, regulator: nn.Module, args: Any) -> Memory:
-    """The memory that enters a block: the first one begins it, the others take it from the block before."""
+def _regulator(block: nn.Module, place: Place) -> nn.Module:
+    """The block's fusion, in the first block with the cell of the stage."""
+    found = block._modules.get("regulator")
+    whole = found is not None and (place.index > 0 or found._modules.get("cell") is not None)
+    if found is None or not whole:
+        raise BlockCallError(
+            f"block {place.index} of {place.chain.name} calls its {'regulator' if found is None else 'cell'}, which "
+            "was removed; call unregulate(model) to take regulators out, and disabled(model) to switch them off"
+        )
+    return found
+
+
+def _before(place: Place, args: Any) -> Memory | None:
+    """The memory that the block before left; None for the first block, which begins one."""
     if place.index == 0:
-        return Memory(place.chain, _lasting(regulator.cell, block), None, -1, True)
-    found = memory_of(place.chain)
-    if found is None or found.index >= place.index or found.repeated != is_repeated():
+        return None
+    found = memory_for(place.chain, args, is_repeated())
+    if found is None or found.index >= place.index:
         raise BlockCallError(_reentrant(place) if is_repeated() else _called_alone(place))
     if torch.is_grad_enabled() and not found.tracked and _needs_gradient(args):
         raise BlockCallError(_reentrant(place))
@@ -107,14 +145,6 @@ def _lasting(cell: Any, block: nn.Module) -> Any:
         return cell
     weights = {name: tensor.clone() for name, tensor in (*cell.named_parameters(), *cell.named_buffers())}
     return lambda x, state: functional_call(cell, weights, (x, state))
-
-
-def _leave(place: Place, memory: Memory) -> None:
-    """Hand the memory to the next block; behind the last one it is gone."""
-    last = place.index + 1 == place.chain.length
-    keep(place.chain, None if last else memory)
-    if memory.repeated and not last:
-        forget_after_backward(memory)
 
 
 def _needs_gradient(args: Any) -> bool:
@@ -160,9 +190,18 @@ def _adopt(module: nn.Module, place: Place, path: str) -> None:
             "run the network once outside of torch.compile, which lets the new one take part in the memory"
         )
     for inner in module.modules():
-        if any(point.place.chain is place.chain for point in inner.__dict__.get(POINTS, ())):
-            release(inner, POINTS)
+        forget_points(inner, [place.chain])
     mark(module, Point(place, path == place.read, path == place.write))
+
+
+def forget_points(module: nn.Module, chains: Collection[Chain]) -> None:
+    """Take the roles at points of some chains from a module; another network may share it. In place."""
+    points = module.__dict__.get(POINTS, ())
+    left = tuple(point for point in points if point.place.chain not in chains)
+    if left:
+        vars(module)[POINTS] = left
+    elif points:
+        release(module, POINTS)
 
 
 def mark(module: nn.Module, point: Point) -> None:
