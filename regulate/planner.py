@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ._compat import without_global_hooks
 from .build import build_cell, build_fusion
 from .config import RegulatorConfig
 from .errors import NoBlocksError, UnknownStageError
@@ -45,8 +46,10 @@ def draw(
     tried, example = sizes(model, input_size), read_example(model, example_inputs)
     if example is not None:  # for parts that a run of the whole does not reach
         tried = (Size(example.image[2:]), *tried)
-    bare = skeleton(model)
-    seen = survey(bare, config, tried, example)
+    # Tensors of inference mode do not count how often they are written to; hooks are not for symbols and shapes.
+    with torch.inference_mode(False), without_global_hooks():
+        bare = skeleton(model)
+        seen = survey(bare, config, tried, example)
     if not seen.sites:
         raise NoBlocksError(_nothing_found(model, seen.skipped) + _parts_that_work(bare, config, tried, seen.failed))
     runs = [(run, _container(bare, run)) for run in _chains(seen.sites)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -57,7 +58,8 @@ def duplicate(model: nn.Module) -> nn.Module:
                     "make that permanent (prune.remove, remove_weight_norm), delete it, or pass inplace=True"
                 )
     try:
-        return copy.deepcopy(model)
+        with torch.inference_mode(False):  # a copy that can be trained wherever it was made
+            return copy.deepcopy(model)
     except Exception as error:
         raise UnsupportedModelError(
             f"regulate changes a copy, but copy.deepcopy({type(model).__name__}) failed: {first_line(error)}; pass "

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from timm import create_model
+from torch.nn.modules import module as module_api
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from regulate import calibrate, plan, regulate, regulator_state_dict
+from regulate import ConvGRUCell, calibrate, plan, regulate, regulator_state_dict
+from regulate.models import cifar_resnet
 from regulate.named import load_model
 
 from .helpers import network
@@ -85,6 +87,29 @@ def test_a_stage_has_the_same_weights_whether_or_not_others_are_regulated():
     whole, one = (regulator_state_dict(regulate(model, seed=1, stages=stages)) for stages in (None, ["layer3"]))
     assert set(one) == {key for key in whole if key.startswith("layer3")}
     assert all(torch.equal(whole[key], value) for key, value in one.items())
+
+
+@pytest.mark.parametrize("kind", ["forward_pre_hook", "forward_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_hooks_of_all_modules_do_not_see_how_a_network_is_planned(kind):
+    seen = []
+    handle = getattr(module_api, f"register_module_{kind}")(lambda *given: seen.append(given))
+    try:
+        regulated = regulate(cifar_resnet(14), ConvGRUCell)
+        assert not seen
+        regulated.layer1[0].regulator.mix(torch.randn(2, 32, 8, 8)).sum().backward()
+        assert seen, "the hook is there as before"
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("cell", ["lstm", ConvGRUCell])
+def test_in_inference_mode_the_new_parameters_can_be_trained_all_the_same(cell, inplace):
+    model, x = cifar_resnet(14), torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        model = regulate(model, cell, inplace=inplace)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_calibrate_leaves_backbone_and_modes():
