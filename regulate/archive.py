@@ -44,7 +44,8 @@ class replaced:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(os.path.realpath(path))  # a link stays a link
-        self.temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.tmp")
+        # Not the whole name, which may be as long as a name can be.
+        self.temporary = self.path.with_name(f".{self.path.name[:40]}.{secrets.token_hex(8)}.tmp")
 
     def __enter__(self) -> Path:
         if not self.path.parent.is_dir():

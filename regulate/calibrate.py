@@ -14,6 +14,9 @@ from .fusion import Fusion
 from .guard import check_regulated, regulators
 from .identity import is_settled, settle
 from .modes import in_mode
+from .rewrite.disable import is_off
+from .rewrite.record import chains
+from .undo import all_or_nothing
 
 
 class _Moments:
@@ -51,8 +54,9 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Any]]) -> nn
         The model.
 
     Raises:
-        CalibrationError: a fusion is trained already, none has a batch norm to calibrate, there was no data, or a
-            batch leads to NaN or to moments that the norm's dtype cannot hold. Nothing has changed then.
+        CalibrationError: a fusion is trained already, none has a batch norm to calibrate, there was no data, they
+            are switched off or on the meta device, or a batch leads to NaN or to moments that the norm's dtype cannot
+            hold. Nothing has changed then.
         TypeError: a batch is neither a tensor nor a tuple or list that starts with one.
         NotRegulatedError: there are no regulators.
 
@@ -69,13 +73,24 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Any]]) -> nn
             "calibrate sets the statistics of fusions with a batch norm, and this model has none; its fusions add to "
             "the map and need no statistics"
         )
+    if any(fusion.mix.weight.is_meta for fusion in fusions):
+        raise CalibrationError(
+            "calibrate runs the model, and its tensors are on the meta device; give it memory and weights first "
+            "(load_state_dict(assign=True), or to_empty)"
+        )
+    if any(is_off(chain) for chain in chains(model)):
+        raise CalibrationError(
+            "calibrate runs the regulators, and they are switched off here; call it outside of `with disabled(model)`"
+        )
     if not all(is_settled(fusion) for fusion in fusions):
         raise CalibrationError(
             "calibrate goes before training, while the fusion's weight is [I | 0], but it has been trained or was "
             'started at random; call it right after regulate(model, init="identity")'
         )
-    for fusion, moments in zip(fusions, _measured(model, fusions, batches), strict=True):
-        settle(fusion, *moments)
+    found = _measured(model, fusions, batches)
+    with all_or_nothing(nn.ModuleList(fusions)):
+        for fusion, moments in zip(fusions, found, strict=True):
+            settle(fusion, *moments)
     return model
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .archive import read, write
 from .cells import CELLS
@@ -28,7 +29,7 @@ from .fold import is_folded
 from .guard import check_model, check_regulated, regulators, unwrapped
 from .planner import draw
 from .rewrite.install import prepare
-from .rewrite.record import containers
+from .rewrite.record import chains, containers, whole
 from .skeleton import duplicate
 from .undo import all_or_nothing, is_expanded
 
@@ -51,9 +52,11 @@ def save(model: nn.Module, path: File, *, regulator_only: bool = False, also: Se
     Raises:
         NotRegulatedError: there are no regulators.
         CheckpointError: the model holds something that cannot be stored: a cell of the user's own, a
-            tensor that is sharded or quantized, folded norms, parts regulated with different options.
+            tensor that is sharded or quantized, folded norms, parts regulated with different options, a regulated
+            stage of which a part was replaced or removed.
         ValueError: `also` names no tensors, or comes without `regulator_only`.
         FileNotFoundError: there is no such folder.
+        OSError: the file cannot be written there.
     """
     check_regulated(model)
     model = unwrapped(model)
@@ -94,7 +97,8 @@ def load(
         path: a file of `save`.
         input_size: as `regulate` got it.
         example_inputs: as `regulate` got them.
-        inplace: change and return `model` itself. If the call fails, nothing changed.
+        inplace: change and return `model` itself. If the call fails, nothing changed; to that end the call holds
+            a copy of the model's tensors while it lasts.
 
     Returns:
         The regulated network, on the model's device and in its training mode.
@@ -151,13 +155,33 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     there = model.state_dict()
     weightless = any(there[key].is_meta for key in tensors)
     views = set() if weightless else {key for key in tensors if is_expanded(there[key])}
-    model.load_state_dict({k: v for k, v in tensors.items() if k not in views}, strict=False, assign=weightless)
+    # A tensor that was made in inference mode can be written in no other.
+    with torch.inference_mode(any(tensor.is_inference() for tensor in there.values())):
+        model.load_state_dict({k: v for k, v in tensors.items() if k not in views}, strict=False, assign=weightless)
     for key in views:
         if not torch.equal(there[key].cpu(), tensors[key]):
             raise CheckpointError(
                 f"{key} is an expanded view here, which cannot be written, and holds other values in the file; make "
                 "it a tensor of its own (.contiguous())"
             )
+    for key in () if weightless else _sharing(there, tensors):
+        if not _same(there[key].cpu(), tensors[key]):
+            raise CheckpointError(
+                f"{key} shares memory with another tensor here, and holds other values in the file; the saved network "
+                "did not share them: build this one without tied weights"
+            )
+
+
+def _sharing(there: Mapping[str, Tensor], keys: Iterable[str]) -> list[str]:
+    """The keys of tensors that lie in one memory with another one."""
+    held = {key: there[key].untyped_storage().data_ptr() for key in keys if there[key].numel()}
+    count = Counter(held.values())
+    return [key for key, address in held.items() if count[address] > 1]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same values; one NaN is as good as another."""
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -197,18 +221,33 @@ def options_of(model: nn.Module) -> RegulatorConfig:
         CheckpointError: its parts were regulated with different ones, or with a cell that is not in this library.
     """
     found = [record.options for _, _, record in containers(model)]
+    _check_whole(model)
     if any(options != found[0] for options in found):
         raise CheckpointError(
             "a checkpoint holds one set of options, and parts of this model were regulated with different ones; "
             "save the parts one by one"
         )
     for _, regulator in regulators(model):
-        if hasattr(regulator, "cell") and type(regulator.cell) not in CELLS.values():
+        if hasattr(regulator, "cell") and not (type(regulator.cell) in CELLS.values() and found[0]["cell"] in CELLS):
             raise CheckpointError(
                 f"a checkpoint cannot hold the code of a cell of your own, {type(regulator.cell).__name__}; keep the "
                 "code, store model.state_dict(), and load it after regulate(model, cell=...)"
             )
     return RegulatorConfig.from_dict(found[0])
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Raise CheckpointError where a regulated stage lost its container or a block."""
+    known = {chain: container for _, container, record in containers(model) for chain in record.chains}
+    entire = whole(model)
+    broken = [chain for chain in chains(model) if chain not in known]
+    broken += [c for c, container in known.items() if not isinstance(container, fx.GraphModule) and c not in entire]
+    if broken:
+        raise CheckpointError(
+            f"a checkpoint says how to regulate the network again, and of {broken[0].name} a block, or the module that "
+            "runs its blocks, was replaced or removed since; store model.state_dict(), or make that change before "
+            "regulate(model)"
+        )
 
 
 def _under(key: str, paths: Iterable[str]) -> bool:

@@ -61,9 +61,15 @@ def is_expanded(tensor: Tensor) -> bool:
     )
 
 
+def _equal(tensor: Tensor, value: Tensor) -> bool:
+    return tensor.layout is torch.strided and torch.equal(tensor, value)
+
+
 def _put_back(tensor: Tensor, value: Tensor, flag: bool) -> None:
-    if not (tensor.is_meta or is_expanded(tensor)):
-        with torch.no_grad():
+    # What was not written may be memory that cannot be, such as a file that is mapped for reading.
+    if not (tensor.is_meta or is_expanded(tensor) or _equal(tensor, value)):
+        # A tensor that was made in inference mode can be written in no other.
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
             tensor.copy_(value)
     if tensor.requires_grad != flag:
         tensor.requires_grad_(flag)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import functools
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from regulate import (
     UnknownStageError,
     UnsupportedModelError,
     calibrate,
+    disabled,
     freeze_backbone,
     is_regulated,
     plan,
@@ -95,6 +98,16 @@ class Untraceable(nn.Module):
         ({"cell": lambda channels: Returns(lambda x: x)}, TypeError, "returned a Tensor; the protocol"),
         ({"cell": lambda channels: Returns(lambda x: (x, 3))}, TypeError, r"returned \(Tensor, int\); the protocol"),
         ({"cell": lambda channels: Returns(lambda x: ())}, TypeError, r"returned \(\); the protocol"),
+        ({"cell": lambda channels: Returns(lambda x: (x.add_(1),))}, TypeError, "Returns writes to its input in place"),
+        ({"cell": lambda channels: Overwriting()}, TypeError, "writes to the state that it was given in place"),
+        (
+            {"cell": lambda channels: Returns(lambda x: (x.double(),))},
+            TypeError,
+            "dtype of its input, torch.float32",
+        ),
+        ({"cell": lambda channels: Named()}, TypeError, "'tuple' object has no attribute 'c'; the protocol"),
+        ({"cell": lambda channels: nn.Sequential(nn.LazyConv2d(channels, 1))}, TypeError, "holds a lazy module"),
+        ({"cell": functools.cache(package.ConvRNNCell)}, TypeError, "build it anew each time"),
         (
             {"cell": lambda channels: Forgetful()},
             TypeError,
@@ -136,6 +149,23 @@ class Returns(nn.Module):
         return self.made(x)
 
 
+class Overwriting(nn.Module):
+    """Would change what gradient checkpointing runs a block with again."""
+
+    def forward(self, x, state):
+        h, c = state or (x, torch.zeros_like(x))
+        return x + h, c.add_(x)
+
+
+class Named(nn.Module):
+    """Counts on the type of what it returned."""
+
+    State = collections.namedtuple("State", "h c")
+
+    def forward(self, x, state):
+        return self.State(x + 1, x if state is None else state.c)
+
+
 class Forgetful(nn.Module):
     """Takes a pair as its state and returns one tensor."""
 
@@ -161,6 +191,10 @@ def test_the_check_of_a_cell_leaves_its_norms_alone():
 class Bad(nn.Module):
     def forward(self, x, state):
         return (x[..., 1:],)
+
+
+def test_a_cell_may_be_built_in_another_dtype():
+    assert regulate(cifar_resnet(14), lambda channels: package.ConvLSTMCell(channels).half())
 
 
 def test_a_failure_in_the_last_stage_changes_nothing(monkeypatch):
@@ -221,6 +255,26 @@ def test_calibrate_changes_nothing_where_it_fails(batches, error, says):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert attributes == {name: dict(vars(m)) for name, m in model.named_modules()}
     assert all(m.training and not m._forward_pre_hooks for m in model.modules())
+
+
+def test_calibrate_says_why_it_cannot_run():
+    with torch.device("meta"):
+        bare = regulate(cifar_resnet(14))
+    with pytest.raises(CalibrationError, match="on the meta device; give it memory"):
+        calibrate(bare, [torch.randn(2, 3, 32, 32)])
+    model = regulate(cifar_resnet(14))
+    with disabled(model), pytest.raises(CalibrationError, match="switched off here"):
+        calibrate(model, [torch.randn(2, 3, 32, 32)])
+
+
+def test_calibrate_changes_nothing_where_the_last_norm_cannot_be_written():
+    model = regulate(cifar_resnet(14))
+    with torch.inference_mode():
+        model.layer3[1].regulator.mix_norm.running_mean = torch.zeros(64)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="inference"):
+        calibrate(model, [torch.randn(2, 3, 32, 32)])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_a_model_on_the_meta_device_works():

@@ -17,6 +17,7 @@ from torch import nn
 from regulate import (
     AlreadyRegulatedError,
     CheckpointError,
+    ConvGRUCell,
     NotRegulatedError,
     UnsupportedModelError,
     freeze_backbone,
@@ -217,6 +218,8 @@ def test_what_cannot_be_stored_says_so(tmp_path):
     Cell.__name__ = "lstm"
     with pytest.raises(CheckpointError, match="cell of your own"):
         save(regulate(load_model("resnet18"), Cell), tmp_path / "a")
+    with pytest.raises(CheckpointError, match="cell of your own"):
+        save(regulate(load_model("resnet18"), ConvGRUCell), tmp_path / "a")
     with torch.device("meta"):
         bare = load_model("resnet18")
     with pytest.raises(CheckpointError, match="meta device"):
@@ -306,6 +309,38 @@ def test_save_takes_the_place_of_regular_files_only(kind, make, tmp_path):
     with pytest.raises(CheckpointError, match=f"is {kind}; give the path of a file"):
         save(regulate(load_model("cifar/14")), tmp_path / "a")
     assert {path.name: path.lstat().st_mode for path in tmp_path.iterdir()} == before
+
+
+def test_a_name_may_be_as_long_as_names_can_be(tmp_path):
+    save(regulate(load_model("cifar/14")), tmp_path / ("a" * 255))
+    assert is_regulated(load(load_model("cifar/14"), tmp_path / ("a" * 255)))
+
+
+def without_container(model):
+    model.layer1 = nn.Sequential(*model.layer1)
+
+
+def without_any_container(model):
+    for name in ("layer1", "layer2", "layer3"):
+        setattr(model, name, nn.Sequential(*getattr(model, name)))
+
+
+def without_a_block(model):
+    del model.layer1[1]
+
+
+def with_another_block(model):
+    model.layer1[1] = load_model("cifar/14").layer1[1]
+
+
+@pytest.mark.parametrize("change", [without_container, without_any_container, without_a_block, with_another_block])
+def test_a_stage_that_was_taken_apart_is_not_stored(change, tmp_path):
+    """The file could not say how the network is regulated again."""
+    model = regulate(load_model("cifar/14"))
+    change(model)
+    with pytest.raises(CheckpointError, match="of stage layer1 a block, or the module that runs its blocks, was repl"):
+        save(model, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_file_holds_no_absolute_path(good):

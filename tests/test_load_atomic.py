@@ -7,9 +7,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from regulate import CheckpointError, is_regulated, load, regulate, save
 from regulate.models import cifar_resnet
+from regulate.undo import all_or_nothing
 
 from .helpers import stir
 
@@ -120,3 +122,62 @@ def test_a_view_that_follows_its_base_is_loaded(tmp_path):
     model = load(build(4), tmp_path / "a", inplace=True)
     assert model.wide.tolist() == [3.0] * 4
     assert model.wide.data_ptr() == model.scale.data_ptr()
+
+
+def test_a_network_that_was_made_in_inference_mode_is_loaded_in_place(saved):
+    with torch.inference_mode():
+        model = network()
+    assert torch.equal(load(model, saved, inplace=True)(X), load(network(), saved)(X))
+
+
+@pytest.mark.parametrize("part", ["conv1", "layer3.1", "fc"])
+def test_what_was_made_in_inference_mode_comes_back_as_well(part, saved):
+    """Values of the others had been written when the first of these failed, and its own failed again."""
+    model = network()
+    with torch.inference_mode():
+        for module in model.get_submodule(part).modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(parameter.detach().clone())
+    failing_hook(model)
+    values = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="own"):
+        load(model, saved, inplace=True)
+    assert not is_regulated(model)
+    assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
+
+
+def test_memory_that_cannot_be_written_is_not_written_where_nothing_changed(saved):
+    """As of a file that is mapped for reading: to write there ends the process."""
+    model = network()
+    model.register_buffer("read", torch.ones(3))
+    versions = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.copy_.default and args[0].shape == (3,):
+                versions.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with pytest.raises(KeyError), Seen(), all_or_nothing(model):
+        raise KeyError
+    assert not versions
+
+
+def tied(seed):
+    model = network(seed)
+    model.layer1[1].conv1.weight = model.layer1[0].conv1.weight
+    return model
+
+
+def test_tied_weights_take_one_value_or_none(saved, tmp_path):
+    model = tied(0)
+    before = copy.deepcopy(model.state_dict())
+    for inplace in (False, True):
+        with pytest.raises(CheckpointError, match=r"layer1\.0\.conv1\.weight shares memory with another tensor here"):
+            load(model, saved, inplace=inplace)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    save(stir(regulate(tied(3))), tmp_path / "a")
+    again = load(model, tmp_path / "a", inplace=True)
+    assert again.layer1[1].conv1.weight is again.layer1[0].conv1.weight
+    assert torch.equal(again.conv1.weight, tied(3).conv1.weight)
