@@ -144,6 +144,21 @@ def test_nothing_is_loaded_from_where_others_can_replace_it(cache, expected):
     assert str(cache) in python(WHERE, XDG_CACHE_HOME=str(cache)).stdout
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_nothing_is_loaded_from_where_another_user_can_replace_it(cache, expected):
+    os.chown(cache, 4242, -1)
+    assert loaded_elsewhere(python(WHERE, XDG_CACHE_HOME=str(cache)), cache, expected, "another user may replace what")
+
+
+def test_without_locks_a_build_leaves_that_of_another_process_alone(tmp_path, expected):
+    """It may go on at the same time."""
+    other = tmp_path / "regulate" / "build-other"
+    other.mkdir(parents=True)
+    without = "import fcntl; fcntl.flock = lambda *_: (_ for _ in ()).throw(OSError('no locks')); "
+    assert python(without + SHOW, XDG_CACHE_HOME=str(tmp_path)).stdout == f"{expected} None\n"
+    assert other.is_dir()
+
+
 def test_a_killed_build_leaves_nothing(tmp_path, expected):
     hang = compiler(tmp_path, "sleep 600 & wait")
     process = subprocess.Popen(
@@ -186,6 +201,20 @@ def test_no_home(expected):
     nobody = "import os, pwd; pwd.getpwuid = lambda uid: (_ for _ in ()).throw(KeyError(uid)); os.environ.pop('HOME'); "
     done = python(nobody + WHERE, XDG_CACHE_HOME="")
     assert loaded_elsewhere(done, Path.home() / ".cache", expected, "home")
+
+
+def test_a_relative_home_is_none(tmp_path, monkeypatch, expected):
+    monkeypatch.chdir(tmp_path)
+    root = str(Path(__file__).parents[1])
+    done = python(WHERE, XDG_CACHE_HOME="", HOME="here", PYTHONPATH=root)
+    assert loaded_elsewhere(done, tmp_path / "here", expected, "HOME is no absolute path, it is 'here'")
+    assert not (tmp_path / "here").exists()
+
+
+def test_the_reason_is_the_error_and_not_the_last_line(tmp_path, expected):
+    script = "echo 'a.cpp:1: error: No space left on device' >&2; echo 'compilation terminated.' >&2; exit 1"
+    done = python(SHOW, CXX=compiler(tmp_path, script), XDG_CACHE_HOME=str(tmp_path))
+    assert "error: No space left on device" in done.stdout
 
 
 def test_a_relative_cache_is_none(tmp_path, monkeypatch):

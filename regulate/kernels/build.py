@@ -142,7 +142,7 @@ def _must(command: list[str], folder: Path) -> None:
 
 
 def _run(command: list[str], folder: Path) -> str | None:
-    """Run a compiler whose temporary files lie in a folder; return the last line of its complaint, None for success."""
+    """Run a compiler whose temporary files lie in a folder; return a line of its complaint, None for success."""
     environment = {**os.environ, "TMPDIR": str(folder)}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, timeout=_SECONDS)
@@ -151,7 +151,8 @@ def _run(command: list[str], folder: Path) -> str | None:
     if done.returncode == 0:
         return None
     said = done.stderr.decode(errors="replace").strip().splitlines()
-    return said[-1] if said else f"exit status {done.returncode}"
+    telling = [line for line in said if "error" in line.lower()] or said
+    return telling[-1] if telling else f"exit status {done.returncode}"
 
 
 def _units() -> list[Path]:

@@ -59,12 +59,16 @@ def _private_folder() -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # A relative one counts as none, says its standard: the working directory may hold anything.
     folder = (base if base.is_absolute() else Path.home() / ".cache") / "regulate"
+    if not folder.is_absolute():
+        raise OSError(f"HOME is no absolute path, it is {os.environ.get('HOME')!r}")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not (_own(folder.lstat()) and _own(folder.stat())):
         raise OSError(f"{folder} belongs to another user")
-    above = folder.parent.stat().st_mode
-    if above & stat.S_IWOTH and not above & stat.S_ISVTX:
+    above = folder.parent.stat()
+    if above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX:
         raise OSError(f"everybody may replace what lies in {folder.parent}")
+    if above.st_uid != 0 and not _own(above):
+        raise OSError(f"another user may replace what lies in {folder.parent}")
     if stat.S_IMODE(folder.stat().st_mode) != 0o700:
         folder.chmod(0o700)
     return folder
@@ -78,9 +82,9 @@ def _from(folder: Path, key: str, make: Callable[[Path], None]) -> Path:
     found = _sound(folder, key)
     if found is not None:
         return found
-    with _locked(folder):
+    with _locked(folder) as alone:
         # Of processes that start together the first one builds, and the others find it here.
-        return _sound(folder, key) or _made(folder, key, make)
+        return _sound(folder, key) or _made(folder, key, make, alone)
 
 
 def _sound(folder: Path, key: str) -> Path | None:
@@ -98,11 +102,11 @@ def _name(key: str, path: Path) -> str:
     return f"kernels-{key}-{hashlib.sha256(path.read_bytes()).hexdigest()}.so"
 
 
-def _made(folder: Path, key: str, make: Callable[[Path], None]) -> Path:
-    for path in folder.glob(f"{_SCRATCH}*"):  # of a build that was killed: nobody else builds now
+def _made(folder: Path, key: str, make: Callable[[Path], None], alone: bool) -> Path:
+    for path in folder.glob(f"{_SCRATCH}*") if alone else ():  # of a build that was killed: nobody else builds now
         shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(f"kernels-{key}-*.so"):
-        path.unlink()
+        path.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as scratch:
         new = Path(scratch) / "kernels.so"
         make(new)
@@ -111,15 +115,21 @@ def _made(folder: Path, key: str, make: Callable[[Path], None]) -> Path:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Only one process at a time; the system ends the lock when its process ends, however it does."""
+def _locked(folder: Path) -> Iterator[bool]:
+    """Only one process at a time, where there are locks: whether this one is alone.
+
+    The system ends the lock when its process ends, however it does.
+    """
     if fcntl is None:
-        yield
+        yield False
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # some network file systems have no locks
+        try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+            alone = True
+        except OSError:  # some network file systems have none
+            alone = False
+        yield alone
     finally:
         os.close(handle)
