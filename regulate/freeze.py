@@ -20,7 +20,8 @@ def freeze_backbone(model: nn.Module, frozen: bool = True) -> nn.Module:
 
     Frozen parameters get no gradient; frozen norms stay in eval mode, also after `model.train()`, so that
     their running statistics do not move. Names, types and values stay. Calling it again freezes what can
-    be trained since. `unregulate` lets everything go.
+    be trained since, such as norms that were put in the place of others (`convert_sync_batchnorm`).
+    `unregulate` lets everything go.
 
     Args:
         model: a regulated model, or a wrapper around one. In place.

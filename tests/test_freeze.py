@@ -75,6 +75,15 @@ def test_a_second_call_freezes_what_was_unfrozen():
     assert state_of(model) == before
 
 
+def test_norms_that_were_converted_are_frozen_by_a_second_call():
+    """A conversion makes new modules, which know nothing of it: docs/using.md has it after the conversion."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(freeze_backbone(regulate(cifar_resnet(14)))).train()
+    assert model.bn1.training
+    freeze_backbone(model).train()
+    assert not model.bn1.training
+    assert model.layer1[0].regulator.mix_norm.training
+
+
 def test_norms_follow_the_mode_that_the_model_was_put_into():
     for first, then in ((True, False), (False, True)):
         model = freeze_backbone(regulate(cifar_resnet(14)).train(first))
