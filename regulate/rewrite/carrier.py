@@ -95,13 +95,14 @@ class Scope:
 
     Args:
         outer: what ran before it on this thread.
+        owner: the container.
         chains: the stages that it runs.
     """
 
     place = None
 
-    def __init__(self, outer: Scope | Frame | None, chains: tuple[Chain, ...]) -> None:
-        self.outer, self.chains = outer, chains
+    def __init__(self, outer: Scope | Frame | None, owner: nn.Module, chains: tuple[Chain, ...]) -> None:
+        self.outer, self.owner, self.chains = outer, owner, chains
         self.memories: tuple[Memory, ...] = ()
 
 

@@ -6,6 +6,7 @@ says so, and pickles as the original class.
 
 from __future__ import annotations
 
+import abc
 import copyreg
 import functools
 from collections.abc import Callable
@@ -31,6 +32,11 @@ class Part(nn.Module):
 
     _regulate_run: Callable[..., Any] | None = None
 
+    @classmethod
+    def _regulate_members(cls, own: type) -> dict[str, Any]:
+        """Return what the subclass of a class gets besides."""
+        return {}
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Keep the user's own `__init_subclass__` out, which may count or refuse subclasses."""
 
@@ -38,7 +44,8 @@ class Part(nn.Module):
         """Pickle the original class and the roles; classes made here have no importable name."""
         make, args, *rest = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
         roles, own = _lineage(type(self))
-        return (_rebuilt, (roles, make, *(own if arg is type(self) else arg for arg in args)), *rest)
+        make, *args = (own if part is type(self) else part for part in (make, *args))
+        return (_rebuilt, (roles, make, *args), *rest)
 
 
 def become(module: nn.Module, role: type[Part]) -> None:
@@ -104,15 +111,24 @@ def subclass(role: type[Part], own: type[nn.Module]) -> type[nn.Module]:
             "_regulate_own": own,
         }
         if role._regulate_run is not None:
-            members["forward"] = _wrapping(own.forward, role._regulate_run)
-        _made[role, own] = type(own.__name__, (role, own), members)
+            members["forward"] = _wrapping(own, role._regulate_run)
+        members.update(role._regulate_members(own))
+        _made[role, own] = _class(own, (role, own), members)
     return _made[role, own]
 
 
-def _wrapping(inner: Forward, run: Callable[..., Any]) -> Forward:
-    @functools.wraps(inner)
+def _class(own: type, bases: tuple[type, ...], members: dict[str, Any]) -> type:
+    """Make a class of own's metaclass, without the code of a metaclass of the user's, which may keep a register."""
+    kind = abc.ABCMeta if isinstance(own, abc.ABCMeta) else type
+    made: type = kind.__new__(type(own), own.__name__, bases, members)
+    return made
+
+
+def _wrapping(own: type[nn.Module], run: Callable[..., Any]) -> Forward:
+    @functools.wraps(own.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return run(self, inner, args, kwargs)
+        # Looked up in each call: a class may get another forward later.
+        return run(self, own.forward, args, kwargs)
 
     return forward
 

@@ -5,7 +5,8 @@ Each wraps one call; the user's code inside stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from .carrier import (
     pass_read,
     pass_write,
     replace,
+    scope_of,
 )
 from .classes import Forward, Part, become, leave
 from .disable import is_off
@@ -73,7 +75,7 @@ def run_container(self: nn.Module, forward: Forward, args: tuple[Any, ...], kwar
         return forward(self, *args, **kwargs)
     outer = STACK.top
     try:
-        assign(STACK, "top", Scope(outer, record.chains))
+        assign(STACK, "top", Scope(outer, self, record.chains))
         return forward(self, *args, **kwargs)
     finally:
         assign(STACK, "top", outer)
@@ -126,13 +128,29 @@ def _before(place: Place, args: Any) -> Memory | None:
     """The memory that the block before left; None for the first block, which begins one."""
     if place.index == 0:
         return None
-    found = memory_for(place.chain, args, is_repeated())
-    if found is None or found.index >= place.index:
+    found = memory_for(place.chain, args, is_repeated()) or _begun(place)
+    backwards = found is not None and found.index >= place.index and not isinstance(scope_of(place.chain), Scope)
+    if found is None or backwards:
         raise BlockCallError(_reentrant(place) if is_repeated() else _called_alone(place))
     if torch.is_grad_enabled() and not found.tracked and _needs_gradient(args):
         raise BlockCallError(_reentrant(place))
     note(place, found, args)
     return found
+
+
+def _begun(place: Place) -> Memory | None:
+    """A memory that begins with a later block: the container's own code has left out those before it.
+
+    Which blocks run, and in what order, is up to the container; the memory goes from one to the next as they come.
+    """
+    scope = scope_of(place.chain)
+    if not isinstance(scope, Scope):
+        return None
+    stages = zip(vars(scope.owner)[RECORD].stages, scope.chains, strict=True)
+    first = scope.owner.get_submodule(next(stage.blocks[0].name for stage, of in stages if of is place.chain))
+    if _is_sharded(first):
+        return None
+    return Memory(place.chain, first.get_submodule("regulator").cell, None, -1, True, is_repeated())
 
 
 def _lasting(cell: Any, block: nn.Module) -> Any:
@@ -141,10 +159,14 @@ def _lasting(cell: Any, block: nn.Module) -> Any:
     FSDP gathers the weights of the first block, the cell's among them, while that block runs and frees them behind
     it. The other blocks then compute with copies, through which the gradient flows back to the first block.
     """
-    if not any(base.__name__ == "FSDPModule" for base in type(block).__mro__):
+    if not _is_sharded(block):
         return cell
     weights = {name: tensor.clone() for name, tensor in (*cell.named_parameters(), *cell.named_buffers())}
     return lambda x, state: functional_call(cell, weights, (x, state))
+
+
+def _is_sharded(block: nn.Module) -> bool:
+    return any(base.__name__ == "FSDPModule" for base in type(block).__mro__)
 
 
 def _needs_gradient(args: Any) -> bool:
@@ -215,6 +237,32 @@ class Block(Part):
     """A regulated block: a call of it runs one step of the memory."""
 
     _regulate_run = staticmethod(run_block)
+
+    @classmethod
+    def _regulate_members(cls, own: type) -> dict[str, Any]:
+        """Keep the regulator out of what an `nn.Sequential` runs, counts and indexes."""
+        if not issubclass(own, nn.Sequential):
+            return {}
+        kept = {"__iter__": _layers, "__len__": _length, "__getitem__": _layer}
+        return {name: do for name, do in kept.items() if getattr(own, name) is getattr(nn.Sequential, name)}
+
+
+def _own_layers(self: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, layer) for name, layer in self._modules.items() if name != "regulator"]
+
+
+def _layers(self: nn.Module) -> Iterator[Any]:
+    return iter([layer for _, layer in _own_layers(self)])
+
+
+def _length(self: nn.Module) -> int:
+    return len(_own_layers(self))
+
+
+def _layer(self: nn.Module, at: int | slice) -> Any:
+    if isinstance(at, slice):
+        return type(self)(OrderedDict(_own_layers(self)[at]))
+    return _own_layers(self)[at][1]
 
 
 class Container(Part):
