@@ -97,11 +97,19 @@ def origin(flow: Dataflow, node: fx.Node, user: fx.Node | None = None) -> Origin
 
 
 def _through_module(flow: Dataflow, node: fx.Node, module: nn.Module, unknown: Origin) -> Origin:
-    if "forward" in vars(module):
+    if "forward" in vars(module) or _is_patched(type(module)):
         return unknown
     known = _through_class(flow, node, module, unknown)
     # A hook may change what the module puts out.
     return replace(known, fixed_point="none") if has_hooks(module) else known
+
+
+def _is_patched(cls: type[nn.Module]) -> bool:
+    """Whether somebody's own forward was put on a class of torch's."""
+    if cls.__module__.partition(".")[0] != "torch":
+        return False
+    forward = next((vars(base)["forward"] for base in cls.__mro__ if "forward" in vars(base)), None)
+    return getattr(forward, "__module__", "torch").partition(".")[0] != "torch"
 
 
 def _through_class(flow: Dataflow, node: fx.Node, module: nn.Module, unknown: Origin) -> Origin:
@@ -109,9 +117,9 @@ def _through_class(flow: Dataflow, node: fx.Node, module: nn.Module, unknown: Or
     if is_norm(module):
         return _norm(flow, node, module, unknown)
     name = f"{type(module).__module__}.{type(module).__qualname__}"
-    if isinstance(module, nn.Identity) or _is_pool(module) or name in _POOL_CLASSES:
+    if type(module) is nn.Identity or _is_pool(module) or name in _POOL_CLASSES:
         return origin(flow, before)
-    if isinstance(module, _RESCALING) or name in _DROP_CLASSES:
+    if type(module) in _RESCALING or name in _DROP_CLASSES:
         return _rescaled(origin(flow, before), gates=0)
     if type(module).__module__ == nn.ReLU.__module__:
         fixed = "hardtanh" if _is_plain_hardtanh(module) else _FIXED_POINTS.get(type(module), "none")
@@ -140,7 +148,10 @@ def _norm(flow: Dataflow, node: fx.Node, module: nn.Module, unknown: Origin) -> 
     if len(inner) > 1:
         return unknown
     name, child = inner[0]
-    return _activated(known, _FIXED_POINTS.get(type(child), "none"), f"module:{path}.{name}")
+    # That the activation comes last is known of timm's.
+    is_last = type(module).__module__.partition(".")[0] == "timm"
+    fixed = _FIXED_POINTS.get(type(child), "none") if is_last else "none"
+    return _activated(known, fixed, f"module:{path}.{name}")
 
 
 def _through_function(flow: Dataflow, node: fx.Node, unknown: Origin) -> Origin:
@@ -200,7 +211,7 @@ def _gated(flow: Dataflow, node: fx.Node, unknown: Origin) -> Origin:
 def _is_gate(flow: Dataflow, node: fx.Node) -> bool:
     while node.target in _RESHAPES and node.op != "call_module":
         node = flow.parents[node][0]
-    return isinstance(flow.traced.module(node), _GATES) or node.target in _GATE_TARGETS
+    return type(flow.traced.module(node)) in _GATES or node.target in _GATE_TARGETS
 
 
 def _concatenated(parts: list[Origin]) -> Origin:
