@@ -72,10 +72,10 @@ class Dataflow:
         self.parents: dict[fx.Node, list[fx.Node]] = {}
         self.over: dict[fx.Node, fx.Node | None] = {}
         self.depth: dict[fx.Node, int] = {}
+        beginning = self._beginning()
         for node in traced.graph.nodes:
             parents = [parent for parent in node.all_input_nodes if parent in self.depth]
-            # Other inputs, such as the time of a diffusion model, are no maps that blocks pass on.
-            begins = node.op == "placeholder" and len(shapes.get(node.name, ())) > 2
+            begins = node in beginning
             if node.op == "output" or not (parents or begins) or node.name not in shapes:
                 continue
             self.parents[node] = parents
@@ -84,6 +84,21 @@ class Dataflow:
                 over = self.meet(over, parent)
             self.over[node] = over
             self.depth[node] = 0 if over is None else self.depth[over] + 1
+
+    def _beginning(self) -> set[fx.Node]:
+        """The inputs that blocks pass on: the first map, and others that a convolution takes by themselves.
+
+        The time of a diffusion model or a mask is none of them.
+        """
+        maps = [n for n in self.traced.graph.nodes if n.op == "placeholder" and len(self.shapes.get(n.name, ())) > 2]
+        behind: dict[fx.Node, set[fx.Node]] = {node: {node} for node in maps}
+        found = set(maps[:1])
+        for node in self.traced.graph.nodes if len(maps) > 1 else ():
+            before = {at for parent in node.all_input_nodes for at in behind.get(parent, ())}
+            behind.setdefault(node, before)
+            if len(before) == 1 and self.is_convolution(node):
+                found |= before
+        return found
 
     def shape(self, node: fx.Node) -> tuple[int, ...] | None:
         """The shape of a tensor node, None for anything else."""
