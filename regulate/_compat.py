@@ -255,6 +255,19 @@ def flop_formula(operator: Any) -> Callable[[Function], Function]:
     return (lambda function: function) if _register_flops is None else _register_flops(operator)
 
 
+def written(operator: Any, args: Any) -> list[torch.Tensor]:
+    """Return the tensors among positional arguments that one call of torch's operator writes to.
+
+    Without the symbol: none, and a change is seen by the version of the tensor that was changed alone.
+    """
+    schema = getattr(operator, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    named = zip(schema.arguments, args, strict=False)
+    held = [value for argument, value in named if argument.alias_info is not None and argument.alias_info.is_write]
+    return [leaf for leaf in tree_leaves(held) if isinstance(leaf, torch.Tensor)]
+
+
 def compiled(model: nn.Module) -> nn.Module | None:
     """Return the model inside torch.compile's wrapper, which has no public class; None for any other module."""
     # Not .get(): a ScriptModule has children of another kind.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ._compat import tree_leaves, tree_map
+from .effects import put_back
 from .modes import fixed_random_state
 
 _DEFAULT_GRID = {1: (224,), 2: (224, 224), 3: (16, 112, 112)}
@@ -232,7 +233,7 @@ def recorded(bare: nn.Module, inputs: Inputs) -> dict[str, Inputs]:
 
     handles = [m.register_forward_pre_hook(note(path), with_kwargs=True) for path, m in bare.named_modules() if path]
     try:
-        with torch.no_grad(), torch.device("meta"), fixed_random_state():
+        with torch.no_grad(), torch.device("meta"), fixed_random_state(), put_back(bare):
             bare(*inputs.args, **inputs.kwargs)
     except Exception:  # what was reached until then is known; the rest is tried with images
         return seen

@@ -6,15 +6,14 @@ the trace describes another network. So both are run here, without arithmetic, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ._compat import SEES_OPERATORS, DispatchMode, flops, tree_leaves
+from ._compat import SEES_OPERATORS, DispatchMode, flops, tree_leaves, tree_map, written
+from .effects import put_back
 from .inputs import Inputs
 from .modes import fixed_random_state
 from .paths import is_inside
@@ -24,6 +23,10 @@ Shapes = dict[str, Any]
 
 # A constant tensor of the code is made once in a trace and anew in each run.
 _CONSTANTS = {"aten.detach.default", "aten.lift_fresh.default", "aten.detach_.default"}
+# Norms put out a map like the one that enters, and take most of a run's time on the meta device.
+_SLOW = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# On a storage: how often its tensors were written to.
+_WRITES = "_regulate_writes"
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def agree(a: Measured | Observed, b: Measured | Observed, path: str) -> bool:
     return SEES_OPERATORS and all(a.operators.get(scope) == b.operators.get(scope) for scope in scopes)
 
 
-class _Log(DispatchMode):  # type: ignore[no-untyped-call]
+class Log(DispatchMode):  # type: ignore[no-untyped-call]
     """Notes by scope which closed modules are called and which operators run between them; counts operations."""
 
     def __init__(self) -> None:
@@ -72,36 +75,45 @@ class _Log(DispatchMode):  # type: ignore[no-untyped-call]
         self.flops: int | None = 0 if SEES_OPERATORS else None
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
+        try:
+            result = function(*args, **(kwargs or {}))
+        except RuntimeError:
+            # A constant tensor of the code's, as a mean to subtract, is a real one.
+            args, kwargs = tree_map(_weightless, (args, kwargs or {}))
+            result = function(*args, **kwargs)
         count = flops(function, args, kwargs or {}, result)
         self.flops = None if self.flops is None or count is None else self.flops + count
         if not self.quiet and str(function) not in _CONSTANTS:
-            self.note(str(function), result)
+            self.note(str(function), result, _numbers(args))
+        for tensor in written(function, args):
+            # On the storage: what was got by .data has a version of its own.
+            storage = tensor.untyped_storage()
+            setattr(storage, _WRITES, getattr(storage, _WRITES, 0) + 1)
         return result
 
-    def note(self, what: str, tensors: Any) -> None:
-        """Enter something with the shapes of its tensors."""
-        self.operators.setdefault(self.scope, []).append(f"{what}{_shapes(tensors)}")
+    def note(self, what: str, tensors: Any, numbers: Any = "") -> None:
+        """Enter something with the shapes of its tensors and other arguments."""
+        self.operators.setdefault(self.scope, []).append(f"{what}{map_shapes(tensors)}{numbers}")
 
 
 class _Interpreter(fx.Interpreter):
     """Runs a trace and notes each node's shape, and tensors that changed between their node and its user."""
 
-    def __init__(self, traced: Trace, log: _Log) -> None:
+    def __init__(self, traced: Trace, log: Log) -> None:
         super().__init__(traced.root, graph=traced.graph)  # type: ignore[arg-type]
         self.log = log
         self.shapes: Shapes = {}
         self.changed: set[tuple[str, str]] = set()
-        self.versions: dict[fx.Node, int] = {}
+        self.content: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         self.log.scope = n.meta.get("scope", "")
         for before in n.all_input_nodes:
-            if before in self.versions and self.env[before]._version != self.versions[before]:
+            if before in self.content and _content(self.env[before]) != self.content[before]:
                 self.changed.add((before.name, n.name))
         value = super().run_node(n)
         if isinstance(value, Tensor):
-            self.shapes[n.name], self.versions[n] = tuple(value.shape), value._version
+            self.shapes[n.name], self.content[n] = tuple(value.shape), _content(value)
         elif isinstance(value, tuple | list) and any(isinstance(part, Tensor) for part in value):
             self.shapes[n.name] = "tuple"
         return value
@@ -114,7 +126,10 @@ class _Interpreter(fx.Interpreter):
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         self.log.note(target, (args, kwargs))
         self.log.quiet = True
+        module = self.fetch_attr(target)
         try:
+            if type(module) in _SLOW and "forward" not in vars(module) and len(args) == 1:
+                return torch.empty_like(args[0])
             return super().call_module(target, args, kwargs)
         finally:
             self.log.quiet = False
@@ -130,115 +145,30 @@ def measure(traced: Trace, inputs: Inputs) -> Measured:
     Raises:
         Exception: whatever the model raises on these inputs.
     """
-    log = _Log()
+    log = Log()
     runner = _Interpreter(traced, log)
-    with torch.device("meta"), fixed_random_state(), log:
+    with torch.device("meta"), fixed_random_state(), put_back(traced.root), log:
         runner.run(*inputs.tensors)
     return Measured(runner.shapes, frozenset(runner.changed), log.operators, log.flops)
 
 
-def observe(traced: Trace, inputs: Inputs, measured: Measured, points: Sequence[str]) -> Observed:
-    """Run the traced module's own code on the meta device; closed modules put out what they did in the trace.
-
-    Args:
-        traced: a trace of a skeleton.
-        inputs: of the form that it was traced with.
-        measured: a run of the trace on them.
-        points: paths of the modules to watch.
-
-    Raises:
-        Exception: whatever the code raises.
-    """
-    try:
-        # Numbers that are drawn and read at once must be real ones.
-        return _observed(traced, inputs, measured, points, nullcontext())
-    except Exception:
-        return _observed(traced, inputs, measured, points, torch.device("meta"))
-
-
-def _observed(
-    traced: Trace,
-    inputs: Inputs,
-    measured: Measured,
-    points: Sequence[str],
-    device: AbstractContextManager[Any],
-) -> Observed:
-    log = _Log()
-    passes: dict[str, list[tuple[int, tuple[int, ...]]]] = {path: [] for path in points}
-    closed: dict[str, list[Any]] = {}
-    for node in traced.graph.find_nodes(op="call_module"):
-        closed.setdefault(str(node.target), []).append(measured.shapes.get(node.name))
-    with ExitStack() as stack:
-        for path in traced.calls:
-            module = traced.root.get_submodule(path)
-            stack.enter_context(_replaced(module, _scoped(module, path, log)))
-        for path, shapes in closed.items():
-            module = traced.root.get_submodule(path)
-            stack.enter_context(_replaced(module, _played(module.forward, path, shapes, log)))
-        for path in points:
-            module = traced.root.get_submodule(path)
-            stack.enter_context(_replaced(module, _watched(module.forward, path, passes)))
-        for context in (device, fixed_random_state(), log):
-            stack.enter_context(context)
-        traced.root(*inputs.args, **inputs.kwargs)
-    return Observed(log.operators, passes)
-
-
-@contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Give one object another forward for the body."""
-    own = vars(module).get("forward")
-    vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = own
-
-
-def _scoped(module: nn.Module, path: str, log: _Log) -> Callable[..., Any]:
-    """An opened module's forward, in whose scope operators are noted."""
-    forward = module.forward
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        outer, log.scope = log.scope, path
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            log.scope = outer
-
-    return run
-
-
-def _played(forward: Callable[..., Any], path: str, shapes: list[Any], log: _Log) -> Callable[..., Any]:
-    """A closed module's forward that puts out a map of the shape that it had in the trace, call by call."""
-    waiting = list(shapes)
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        log.note(path, (args, kwargs))
-        shape = waiting.pop(0) if waiting else None
-        x = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-        log.quiet = True
-        try:
-            return x.new_empty(shape) if x is not None and isinstance(shape, tuple) else forward(*args, **kwargs)
-        finally:
-            log.quiet = False
-
-    return run
-
-
-def _watched(forward: Callable[..., Any], path: str, passes: dict[str, list[Any]]) -> Callable[..., Any]:
-    """A module's forward that notes what enters it, and in which order."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        x = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-        passes[path].append((sum(map(len, passes.values())), () if x is None else tuple(x.shape)))
-        return forward(*args, **kwargs)
-
-    return run
-
-
-def _shapes(tensors: Any) -> list[tuple[int, ...]]:
+def map_shapes(tensors: Any) -> list[tuple[int, ...]]:
+    """Return the shapes of the tensors in nested containers."""
     return [tuple(leaf.shape) for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor)]
+
+
+def _content(tensor: Tensor) -> tuple[Any, ...]:
+    """What changes with a tensor's values, or with what it lies on."""
+    try:
+        storage = tensor.untyped_storage()
+    except (RuntimeError, NotImplementedError):  # sparse
+        return (tensor._version,)
+    return tensor._version, getattr(storage, _WRITES, 0), storage
+
+
+def _numbers(args: Any) -> list[Any]:
+    return [leaf for leaf in tree_leaves(args) if isinstance(leaf, int | float)]
+
+
+def _weightless(leaf: Any) -> Any:
+    return leaf.to("meta") if isinstance(leaf, Tensor) and not leaf.is_meta else leaf

@@ -11,6 +11,7 @@ and remembered, and its children are traced on their own.
 from __future__ import annotations
 
 import builtins
+import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ._compat import Convolution, NoParameter
+from .effects import put_back
 from .errors import located
 from .inputs import Inputs, guessed
 from .modes import fixed_random_state
@@ -68,8 +70,18 @@ def holds_convolution(module: nn.Module) -> bool:
     return not is_convolution(module) and any(is_convolution(child) for child in module.modules())
 
 
+# What an assignment to changes a tensor; anything else is a mark of the user's on it.
+_TENSOR_STATE = {"data", "grad", "requires_grad"}
+
+
 class _Proxy(NoParameter, fx.Proxy):
     """A symbol that passes for a tensor where code asks, and records what is done in place as such."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _TENSOR_STATE:
+            self.tracer.create_proxy("call_function", setattr, (self, name, value), {})
+        else:
+            super().__setattr__(name, value)
 
 
 def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -104,7 +116,13 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         # A placeholder for each tensor of the call that is traced; everything else is the value that it is there.
         call = self.inputs.replaced(lambda at, _: self.create_proxy("placeholder", f"input_{at}", (), {}))
-        return lambda root: root_fn(root, *call.args, **call.kwargs), [self.root]
+
+        def run(root: Any) -> None:
+            # What it returns may be an object that no graph can hold, and is not needed.
+            if inspect.isgenerator(root_fn(root, *call.args, **call.kwargs)):
+                raise TypeError("its forward is a generator, whose code runs outside of the call")
+
+        return run, [self.root]
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -175,7 +193,7 @@ def trace(
     """
     inputs = inputs or guessed(module)
     tracer = _Tracer(opens or (lambda m, _: holds_convolution(m)), inputs)
-    with fixed_random_state(), _symbols_are_tensors():
+    with fixed_random_state(), put_back(module), _symbols_are_tensors():
         graph = tracer.trace(module)
     return Trace(module, graph, inputs, tracer.calls, tracer.closed)
 
