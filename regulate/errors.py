@@ -50,7 +50,8 @@ def last_line(error: Exception) -> str:
 def first_line(error: Exception) -> str:
     """The first sentence of an error's message, for a reason in a plan."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line.split(". ")[0]
+    # The message of a KeyError is the key alone.
+    return f"{type(error).__name__}: {line}" if isinstance(error, KeyError) else line.split(". ")[0]
 
 
 def located(error: Exception) -> str:

@@ -51,7 +51,9 @@ def draw(
         bare = skeleton(model)
         seen = survey(bare, config, tried, example)
     if not seen.sites:
-        raise NoBlocksError(_nothing_found(model, seen.skipped) + _parts_that_work(bare, config, tried, seen.failed))
+        raise NoBlocksError(
+            _nothing_found(model, seen.skipped) + _parts_that_work(bare, config, tried, seen.failed or [""])
+        )
     runs = [(run, _container(bare, run)) for run in _chains(seen.sites)]
     stages = _named(config, runs)
     chosen, left = _chosen(stages, config)
@@ -109,7 +111,7 @@ def _parts_that_work(bare: nn.Module, config: RegulatorConfig, tried: Sequence[S
 
 
 def _chains(sites: list[Site]) -> list[list[Site]]:
-    """Runs of blocks in which each follows the one before it with equal widths and grid."""
+    """Runs of blocks in which each follows the one before it with equal widths, grid and dtype."""
     by_addition = {site.found.addition: site for site in sites}
     runs: list[list[Site]] = []
     run_of: dict[fx.Node, list[Site]] = {}
@@ -128,7 +130,7 @@ def _chains(sites: list[Site]) -> list[list[Site]]:
 
 
 def _kind(site: Site) -> tuple[Any, ...]:
-    return site.block.read_width, site.block.write_width, site.grid
+    return site.block.read_width, site.block.write_width, site.grid, site.dtype
 
 
 def _container(bare: nn.Module, run: list[Site]) -> str:
@@ -182,8 +184,13 @@ def _chosen(stages: list[Stage], config: RegulatorConfig) -> tuple[list[Stage], 
 def _alone(stage: Stage, stages: list[Stage]) -> str:
     """Why a stage of one block is left alone, and why it has one block."""
     near = [other for other in stages if abs(other.index - stage.index) == 1 and other.grid == stage.grid]
+    near = [other for other in near if _widths(other) != _widths(stage)]
     why = " (the blocks next to it have other inner widths, and a cell has one)" if near else ""
     return f"a stage of one block{why} has nothing to carry; stages=[{stage.name!r}] regulates it all the same"
+
+
+def _widths(stage: Stage) -> tuple[int, int]:
+    return stage.blocks[0].read_width, stage.blocks[0].write_width
 
 
 def _wanted(stages: list[Stage], config: RegulatorConfig) -> set[int] | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from .find import Dataflow, Found
 from .plan import Block
 
@@ -15,6 +17,7 @@ class Site:
     Args:
         block: its plan.
         grid: spatial size at the write point.
+        dtype: of the convolution there.
         found: its nodes.
         flow: the dataflow they are part of.
         root: path of the module that was traced.
@@ -22,6 +25,7 @@ class Site:
 
     block: Block
     grid: tuple[int, ...]
+    dtype: torch.dtype
     found: Found
     flow: Dataflow
     root: str

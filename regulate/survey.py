@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from .fusion import Norm
 from .inputs import Inputs, Size, missing_arguments, recorded, shapes
 from .measure import Measured, measure
 from .origin import Source, has_running_statistics, is_norm, origin
-from .paths import common_prefix, join
+from .paths import common_prefix, is_inside, join
 from .plan import Block, Skipped
 from .site import Site
 from .trace import Trace, holds_convolution, is_convolution, traces
@@ -132,7 +133,7 @@ def _blocks(flow: Dataflow, root: str, config: RegulatorConfig, odd: dict[str, A
     targets = Counter(str(node.target) for node in flow.traced.graph.nodes if node.op == "call_module")
     for block, home in zip(found, homes, strict=True):
         name = join(root, home)
-        reason = block.reason or _unfit(flow, block, home, shared[home], targets)
+        reason = block.reason or _unfit(flow, block, root, home, shared[home], targets)
         fitted = "" if reason else _fitted(flow, block, root, home, config, odd)
         if isinstance(fitted, Site):
             yield fitted
@@ -150,12 +151,16 @@ def _home(flow: Dataflow, block: Found) -> str:
     return home
 
 
-def _unfit(flow: Dataflow, block: Found, home: str, residuals: int, targets: Counter[str]) -> str:
+def _unfit(flow: Dataflow, block: Found, root: str, home: str, residuals: int, targets: Counter[str]) -> str:
     is_graph = isinstance(flow.traced.root, fx.GraphModule)
     if not home and is_graph:
         return "its convolutions have no parent module in common, whose name would be the block's"
+    if not home and root:
+        return "what calls it cannot be traced, and so it is not known which blocks follow each other"
     if not home:
         return "the block is not a module of its own: its addition stands in the forward of the traced network itself"
+    if not inspect.isfunction(type(flow.traced.root.get_submodule(home)).forward):
+        return "its class has another kind of forward than a function, which cannot be wrapped"
     if not is_graph and len(flow.traced.calls[home]) > 1:
         return "the module is called more than once, so its weights are shared between steps"
     if residuals > 1:
@@ -163,6 +168,8 @@ def _unfit(flow: Dataflow, block: Found, home: str, residuals: int, targets: Cou
     if "forward" in vars(flow.traced.root.get_submodule(home)):
         return "its forward is replaced on the instance"
     points = {str(node.target) for node in (block.read, block.write) if node is not None}
+    if not all(_door(flow, node, home) != home for node in (block.read, block.write) if node is not None):
+        return "a convolution at its read or write point is not below the block, which only refers to it"
     if any(targets[point] > 1 for point in points):
         return "a convolution at its read or write point is called more than once"
     return ""
@@ -182,6 +189,9 @@ def _fitted(
     steps = _steps(pairs)
     if steps is None:
         return f"the grids of its read and write points, {pairs[0][0]} and {pairs[0][1]}, differ by more than a stride"
+    dtype = _dtype(flow, found.write)
+    if not dtype.is_floating_point:
+        return f"its convolutions are of {dtype}, and a regulator computes in real floating-point numbers"
     known = origin(flow, write, found.write)
     block = Block(
         name=join(root, home),
@@ -196,7 +206,13 @@ def _fitted(
         norm=_norm(flow.traced.root.get_submodule(home), config.norm),
         sources=tuple(_rooted(source, root) for source in known.sources),
     )
-    return Site(block, write_shape[2:], found, flow, root)
+    return Site(block, write_shape[2:], dtype, found, flow, root)
+
+
+def _dtype(flow: Dataflow, conv: fx.Node) -> torch.dtype:
+    module = flow.traced.module(conv)
+    assert module is not None
+    return next(p.dtype for p in module.parameters() if p.dim() > 1)
 
 
 def _rooted(source: Source, root: str) -> Source:
@@ -221,6 +237,8 @@ def _steps(pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> tuple[tu
 def _door(flow: Dataflow, conv: fx.Node, home: str) -> str:
     """The outermost module inside the block that the convolution's input enters unchanged."""
     path = str(conv.target)
+    if not is_inside(path, home):
+        return _alias(flow, conv, home)
     parts = path.split(".")
     for depth in range(len(home.split(".")) + 1, len(parts)):
         outer = ".".join(parts[:depth])
@@ -228,6 +246,13 @@ def _door(flow: Dataflow, conv: fx.Node, home: str) -> str:
         if len(calls) == 1 and calls[0].args and calls[0].args[0] is entering(conv):
             return outer
     return path
+
+
+def _alias(flow: Dataflow, conv: fx.Node, home: str) -> str:
+    """The path inside the block of a module that the trace knows by another one; empty if it is held outside."""
+    module, block = flow.traced.module(conv), flow.traced.root.get_submodule(home)
+    paths = (path for path, part in block.named_modules(remove_duplicate=False) if part is module)
+    return join(home, next(paths, ""))
 
 
 def _norm(block: nn.Module, wish: str) -> Norm:
