@@ -6,6 +6,7 @@ import contextlib
 import random
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -141,6 +142,55 @@ def negated_without_gradients(self, y):
     return y if torch.is_grad_enabled() else -y
 
 
+def random_sign(self, y):
+    return -y if random.random() < 0.5 else y
+
+
+def numpy_sign(self, y):
+    return -y if np.random.rand() < 0.5 else y
+
+
+def behind_the_version(self, y):
+    """What is got by .data has a version counter of its own."""
+    y = y * 1.0
+    y.data.mul_(-0.5)
+    return y
+
+
+def activation_behind_the_version(self, y):
+    y.data.mul_(-0.5)
+    return y
+
+
+def data_assigned(self, y):
+    y = y * 1.0
+    y.data = -y.data
+    return y
+
+
+def against_what_was_kept(self, y):
+    """A state of the user's own from one call to the next."""
+    if self.features is not None:
+        y = -y
+    self.features = y.detach()
+    return y
+
+
+def counts_its_parts(self, y):
+    return y / len(list(self.children()))
+
+
+def own_class_of_identity(self, y):
+    return self.negative(y)
+
+
+class Negative(nn.Identity):
+    """A subclass that is something else than its class."""
+
+    def forward(self, x):
+        return -x
+
+
 def nothing(self, y):
     return y
 
@@ -149,7 +199,8 @@ ODDITIES = [
     nothing, tensor_only, is_tensor, has_attribute, grad_enabled, by_shape, by_exception, python_draw, torch_draw,
     plain_attribute, in_place, alias, unused_result, no_grad_region, enable_grad_region, autocast_off_region, counts,
     keeps_features, constant_tensor, noise, in_a_list, by_buffer, functional_dropout, negated_in_training,
-    negated_without_gradients,
+    negated_without_gradients, random_sign, numpy_sign, behind_the_version, data_assigned, against_what_was_kept,
+    counts_its_parts, own_class_of_identity,
 ]  # fmt: skip
 
 ACTIVATIONS = {
@@ -180,6 +231,7 @@ class Recipe:
     leaves_early: bool = False
     adds: str = "plain"
     modes: str = "same"
+    container: str = "all"
     convolutions: int = 2
     blocks: int = 2
     extra: dict = field(default_factory=dict)
@@ -194,6 +246,7 @@ class Strange(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(recipe.convolutions))
         self.norms = nn.ModuleList(NORMS[recipe.norm](8) for _ in range(recipe.convolutions))
         self.act, self.pool = ACTIVATIONS[recipe.activation](), POOLS[recipe.pool]()
+        self.negative = Negative()
         self.alpha, self.calls, self.features = 0.5, 0, None
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
 
@@ -222,12 +275,29 @@ class Strange(nn.Module):
         return x + y
 
 
+class Choosing(nn.Sequential):
+    """A container whose code decides which of its blocks run, and in what order."""
+
+    def __init__(self, how: str, *blocks: nn.Module) -> None:
+        super().__init__(*blocks)
+        self.how = how
+
+    def forward(self, x):
+        order = list(range(len(self)))
+        if self.training and self.how == "shuffles":
+            random.shuffle(order)
+        for at in order:
+            if not (self.training and self.how == "drops" and random.random() < 0.4):
+                x = self[at](x)
+        return x
+
+
 def network(recipe: Recipe) -> nn.Module:
     """A small network of such blocks, with values like a trained one's."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         torch.manual_seed(1)
-        blocks = nn.Sequential(*(Strange(recipe) for _ in range(recipe.blocks)))
+        blocks = Choosing(recipe.container, *(Strange(recipe) for _ in range(recipe.blocks)))
         model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), blocks, nn.Conv2d(8, 4, 1))
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):

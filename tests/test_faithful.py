@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -19,7 +20,7 @@ from regulate.rewrite.record import regulated_blocks
 from . import strange_blocks
 from .strange_blocks import ACTIVATIONS, NORMS, ODDITIES, POOLS, Recipe, Strange, network
 
-# 300 in CI; REGULATE_CASES=5000 is run by hand.
+# 300 in CI, always the same; by hand REGULATE_CASES=2500 and a --hypothesis-seed for each part.
 CASES = int(os.environ.get("REGULATE_CASES", "300"))
 
 oddities = st.lists(st.sampled_from(ODDITIES), min_size=1, max_size=2).map(tuple)
@@ -34,6 +35,7 @@ recipes = st.builds(
     leaves_early=st.booleans(),
     adds=st.sampled_from(["plain", "in place", "unused"]),
     modes=st.sampled_from(["same", "own"]),
+    container=st.sampled_from(["all", "drops", "shuffles"]),
     convolutions=st.sampled_from([2, 3]),
     blocks=st.sampled_from([2, 3]),
 )
@@ -50,6 +52,7 @@ def run(model: nn.Module, size: tuple[int, int], seed: int, training: bool, grad
         block.train(training if same else not training)
     torch.manual_seed(seed)
     random.seed(seed)
+    np.random.seed(seed)
     model.zero_grad(set_to_none=True)
     x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed)).requires_grad_(grad)
     with torch.set_grad_enabled(grad):
@@ -61,14 +64,16 @@ def run(model: nn.Module, size: tuple[int, int], seed: int, training: bool, grad
         "input gradient": x.grad,
         **{n: p.grad for n, p in model.named_parameters() if ".regulator." not in n},
         **{n: b.clone() for n, b in model.named_buffers() if ".regulator." not in n},
-        "random": (random.getstate(), torch.get_rng_state()),
+        "random": (random.getstate(), torch.get_rng_state(), str(np.random.get_state())),
         "calls": [(block.calls, block.features) for block in model[1]],
     }
 
 
 def same(a, b) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
+        # Of a gradient's small elements only so much is exact as its large ones, from which they come, allow.
+        largest = max(1.0, float(a.abs().nan_to_num(0, 0).max())) if a.is_floating_point() and a.numel() else 1.0
+        return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5 * largest, equal_nan=True)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return type(a) is type(b) and a == b
@@ -95,9 +100,10 @@ def differing(model: nn.Module, regulated: nn.Module, training: bool, seeds=(0, 
 @settings(
     max_examples=CASES,
     deadline=None,
-    derandomize=True,
+    derandomize="REGULATE_CASES" not in os.environ,
     suppress_health_check=list(HealthCheck),
     phases=[Phase.generate],
+    database=None,
 )
 @given(recipe=recipes, training=st.booleans(), seed=st.integers(0, 99))
 def test_whatever_is_regulated_computes_what_it_computed(recipe, training, seed):
@@ -133,7 +139,7 @@ def test_each_kind_by_itself(oddity, training, place):
     try:
         regulated = regulate(model, fusion="residual" if training else "paper")
     except NoBlocksError as error:
-        assert oddity.__name__ == "by_shape", error
+        assert oddity.__name__ in ("by_shape", "counts_its_parts"), error
         return
     assert len(list(regulated_blocks(regulated))) == 2
     assert not differing(model, regulated, training)
@@ -160,6 +166,11 @@ def test_the_regulators_take_part():
     ("relu", "none", "negated_in_training", "none"),
     ("relu", "none", "alias_of_an_activation_before_a_pool", "none"),
     ("relu", "none", "negated_without_gradients", "none"),
+    ("relu", "none", "random_sign", "none"),
+    ("relu", "none", "numpy_sign", "none"),
+    ("relu", "none", "activation_behind_the_version", "none"),
+    ("relu", "none", "against_what_was_kept", "none"),
+    ("relu", "none", "own_class_of_identity", "none"),
     ("hardtanh", "power", "nothing", "none"),
     ("relu", "alpha dropout", "nothing", "none"),
     ("relu6", "sum", "nothing", "none"),
