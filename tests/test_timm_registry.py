@@ -26,7 +26,6 @@ from timm.models._hub import save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
-from torch.torch_version import TorchVersion
 
 import regulate.timm
 from regulate import (
@@ -49,7 +48,6 @@ from .uses import X, close
 from .zoo import TIMM_FILES
 
 NAME = "regulated_resnet18"
-folders = pytest.mark.skipif(TorchVersion(timm.__version__) < "1.0.16", reason="this timm opens no local-dir:")
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +272,6 @@ def test_copies_and_pickles_keep_it(trained, original):
     assert not at_its_start(trained[0])
 
 
-@folders
 def test_a_folder_that_timm_writes_opens_in_timm(original, tmp_path):
     model = lively(original, cell="gru", stages=["layer2", "layer4"], num_classes=7)
     save_for_hf(model, tmp_path, safe_serialization=True)
@@ -287,7 +284,6 @@ def test_a_folder_that_timm_writes_opens_in_timm(original, tmp_path):
     assert again.pretrained_cfg["source"] == "local-dir"
 
 
-@folders
 def test_a_repository_of_the_hub_opens_in_timm(original, tmp_path, monkeypatch):
     """From the hub's cache, as there is no network here."""
     hub = pytest.importorskip("huggingface_hub")
@@ -303,7 +299,6 @@ def test_a_repository_of_the_hub_opens_in_timm(original, tmp_path, monkeypatch):
     assert again.pretrained_cfg["hf_hub_id"] == "someone/regulated"
 
 
-@folders
 def test_files_and_folders_of_regulate_come_and_go(original, tmp_path):
     model = lively(original, cell="rnn", num_classes=7)
     save(model, tmp_path / "model.safetensors")
