@@ -30,6 +30,12 @@ X = torch.randn(2, 3, 64, 64)
 Y = torch.randn(2, 64, 16, 16)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_loose():
+    """Of passes by hand that other tests gave up."""
+    STACK.loose = ()
+
+
 @pytest.mark.use("torch", "a forward hook on a block: its one input, its output")
 def test_a_hook_on_a_block_gets_its_one_input_and_its_output():
     model = stirred(network("resnet18"))

@@ -190,12 +190,13 @@ def replace(chain: Chain, old: Memory | None, new: Memory | None) -> None:
     With that, passes that nobody can go on with are forgotten: those that ended, and those whose output is gone.
     """
     scope = scope_of(chain)
-    kept = [one for one in _memories(chain) if one is not old and (one.chain is not chain or _lives(one))]
+    going = [one for one in _memories(chain) if one is not old and one.index < one.chain.length]
+    kept = [one for one in going if one.chain is not chain or _lives(one)]
     assign(scope, "memories" if isinstance(scope, Scope) else "loose", (*kept, *(() if new is None else (new,))))
 
 
 def _lives(memory: Memory) -> bool:
-    return memory.index < memory.chain.length and memory.out is not None and memory.out() is not None
+    return memory.out is not None and memory.out() is not None
 
 
 def frame_of(place: Place) -> Frame | None:
