@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from .dataflow import Dataflow, entering
 from .errors import located
-from .find import Dataflow, entering
 from .inputs import Inputs
 from .measure import Measured, Observed, agree, measure
 from .modes import in_mode

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ._compat import BatchNorm, NormWithStatistics
-from .find import Dataflow
+from .dataflow import Dataflow
 from .skeleton import has_hooks
 
 # What keeps a map inside the range it came in: averages, maxima, blurs with non-negative taps.

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .find import Dataflow, Found
+from .dataflow import Dataflow
+from .find import Found
 from .plan import Block
 
 

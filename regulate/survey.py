@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,14 +13,16 @@ from torch import fx, nn
 
 from ._compat import Convolution
 from .config import RegulatorConfig
+from .dataflow import Dataflow, entering
 from .errors import first_line
 from .fidelity import checked, measure_odd
-from .find import Dataflow, Found, entering, find
+from .find import Found, find
 from .fusion import Norm
+from .home import door, home_of, unfit
 from .inputs import Inputs, Size, missing_arguments, recorded, shapes
 from .measure import Measured, measure
 from .origin import Source, has_running_statistics, is_norm, origin
-from .paths import common_prefix, is_inside, join
+from .paths import join
 from .plan import Block, Skipped
 from .site import Site
 from .trace import Trace, holds_convolution, is_convolution, traces
@@ -128,51 +129,17 @@ def _measured(made: Trace, sizes: Sequence[Size], known: Inputs | None) -> tuple
 
 def _blocks(flow: Dataflow, root: str, config: RegulatorConfig, odd: dict[str, Any] | None) -> Iterator[Site | Skipped]:
     found = find(flow)
-    homes = [_home(flow, block) for block in found]
+    homes = [home_of(flow, block) for block in found]
     shared = Counter(homes)
     targets = Counter(str(node.target) for node in flow.traced.graph.nodes if node.op == "call_module")
     for block, home in zip(found, homes, strict=True):
         name = join(root, home)
-        reason = block.reason or _unfit(flow, block, root, home, shared[home], targets)
+        reason = block.reason or unfit(flow, block, root, home, shared[home], targets)
         fitted = "" if reason else _fitted(flow, block, root, home, config, odd)
         if isinstance(fitted, Site):
             yield fitted
         else:
             yield Skipped(name or str(block.addition.name), reason or fitted)
-
-
-def _home(flow: Dataflow, block: Found) -> str:
-    """The innermost module that runs a block's addition and convolutions; in a graph, that holds the convolutions."""
-    if isinstance(flow.traced.root, fx.GraphModule):
-        return common_prefix([str(node.target).rpartition(".")[0] for node in block.convolutions])
-    home = common_prefix([node.meta["scope"] for node in (block.addition, *block.convolutions)])
-    while home and home not in flow.traced.calls:
-        home = home.rpartition(".")[0]
-    return home
-
-
-def _unfit(flow: Dataflow, block: Found, root: str, home: str, residuals: int, targets: Counter[str]) -> str:
-    is_graph = isinstance(flow.traced.root, fx.GraphModule)
-    if not home and is_graph:
-        return "its convolutions have no parent module in common, whose name would be the block's"
-    if not home and root:
-        return "what calls it cannot be traced, and so it is not known which blocks follow each other"
-    if not home:
-        return "the block is not a module of its own: its addition stands in the forward of the traced network itself"
-    if not inspect.isfunction(type(flow.traced.root.get_submodule(home)).forward):
-        return "its class has another kind of forward than a function, which cannot be wrapped"
-    if not is_graph and len(flow.traced.calls[home]) > 1:
-        return "the module is called more than once, so its weights are shared between steps"
-    if residuals > 1:
-        return f"{residuals} residual additions stand in this one module, and a regulator needs a module of its own"
-    if "forward" in vars(flow.traced.root.get_submodule(home)):
-        return "its forward is replaced on the instance"
-    points = {str(node.target) for node in (block.read, block.write) if node is not None}
-    if not all(_door(flow, node, home) != home for node in (block.read, block.write) if node is not None):
-        return "a convolution at its read or write point is not below the block, which only refers to it"
-    if any(targets[point] > 1 for point in points):
-        return "a convolution at its read or write point is called more than once"
-    return ""
 
 
 def _fitted(
@@ -195,8 +162,8 @@ def _fitted(
     known = origin(flow, write, found.write)
     block = Block(
         name=join(root, home),
-        read=join(root, _door(flow, found.read, home)),
-        write=join(root, _door(flow, found.write, home)),
+        read=join(root, door(flow, found.read, home)),
+        write=join(root, door(flow, found.write, home)),
         read_width=read_shape[1],
         write_width=write_shape[1],
         stride=steps[0],
@@ -232,27 +199,6 @@ def _steps(pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> tuple[tu
                 return None
             crop = crop or w != math.ceil(r / s)
     return stride, crop
-
-
-def _door(flow: Dataflow, conv: fx.Node, home: str) -> str:
-    """The outermost module inside the block that the convolution's input enters unchanged."""
-    path = str(conv.target)
-    if not is_inside(path, home):
-        return _alias(flow, conv, home)
-    parts = path.split(".")
-    for depth in range(len(home.split(".")) + 1, len(parts)):
-        outer = ".".join(parts[:depth])
-        calls = flow.traced.calls.get(outer, [])
-        if len(calls) == 1 and calls[0].args and calls[0].args[0] is entering(conv):
-            return outer
-    return path
-
-
-def _alias(flow: Dataflow, conv: fx.Node, home: str) -> str:
-    """The path inside the block of a module that the trace knows by another one; empty if it is held outside."""
-    module, block = flow.traced.module(conv), flow.traced.root.get_submodule(home)
-    paths = (path for path, part in block.named_modules(remove_duplicate=False) if part is module)
-    return join(home, next(paths, ""))
 
 
 def _norm(block: nn.Module, wish: str) -> Norm:

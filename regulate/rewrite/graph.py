@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..find import entering
+from ..dataflow import entering
 from ..paths import join
 from ..plan import Block, Stage
 from .carrier import Chain
