@@ -1,7 +1,8 @@
 """Every private symbol of torch and timm that is used here, with what happens where it is missing.
 
-Only the dictionaries of an `nn.Module` (`_modules`, `_parameters`, `_buffers`), which are in every pickled module, and
-a tensor's `_version` are used elsewhere, too. tests/test_compat.py takes each of the others away.
+Only the dictionaries of an `nn.Module` (`_modules`, `_parameters`, `_buffers`), which are in every pickled module, a
+state dict's `_metadata` and a tensor's `_version` are used elsewhere, too.
+tests/test_compat.py takes each of the others away.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ _HOOK_OPTIONS = (
 )
 _HOOKS_EVERYWHERE = tuple(f"_global{name}" for name in _HOOKS)
 _modules: Any = _symbol("nn.modules.module")
+# How torch.fx begins the names of constants that it puts on the module that it traces.
+FX_CONSTANT = "_tensor_constant"
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

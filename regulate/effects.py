@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from ._compat import FX_CONSTANT
+
 # What torch itself keeps on a module, its tensors and children apart.
 _OWN = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
 _PLAIN = (int, float, bool, str, type(None))
 _CONTAINERS = (list, dict, set, deque)
 _GENERATORS = (random.Random, np.random.Generator, torch.Generator)
-# What torch.fx puts on the module that it traces.
-_CONSTANT = "_tensor_constant"
 
 
 @contextmanager
@@ -119,7 +119,7 @@ def _set(owner: Any, held: Mapping[str, Any]) -> None:
     elif not _is_same(owner, held):
         owner.update(held)
         if "_modules" in held:  # a module's own: what is new goes
-            for name in [name for name in owner if name not in held and not name.startswith(_CONSTANT)]:
+            for name in [name for name in owner if name not in held and not name.startswith(FX_CONSTANT)]:
                 del owner[name]
 
 

@@ -17,14 +17,14 @@ from regulate.trace import trace
 PACKAGE = Path(regulate.__file__).parent
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "_compat.py"]
 
-# Other people's names that are used in every file: `_compat.py` says so at its top. And one of Python's.
-EVERYWHERE = {"_modules", "_parameters", "_buffers", "_version", "_DummyThread"}
+# Other people's names that are used in every file: `_compat.py` says so at its top. And two of Python's.
+EVERYWHERE = {"_modules", "_parameters", "_buffers", "_version", "_metadata", "_DummyThread", "_name"}
 BASES = (nn.Module, torch.Tensor, torch.autograd.Function, fx.Proxy, fx.Tracer, fx.Interpreter, TorchDispatchMode)
 OTHERS = {name for base in BASES for name in dir(base)}
 
 
 def private(name):
-    return name.startswith("_") and not name.startswith("__")
+    return name.startswith("_") and not name.startswith("__") and name != "_"
 
 
 def owned(tree):
@@ -32,8 +32,10 @@ def owned(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name
-        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
-            yield node.id if isinstance(node, ast.Name) else node.attr
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            yield node.attr
 
 
 def used(tree):
