@@ -7,6 +7,7 @@ the second run finds it, on the storage of the block's input, which lives exactl
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,9 +72,13 @@ def noted(place: Place, args: Any) -> Memory | None:
 
 def forget_after_backward(memory: Memory) -> None:
     """Free the state that a second run of blocks left behind, when the backward pass that asked for it ends."""
+    # Weakly: the state holds the graph of the second run, and so all that the run saved.
+    left = weakref.ref(memory)
 
     def forget() -> None:
-        memory.state, memory.cell, memory.index = None, None, memory.chain.length
+        memory = left()
+        if memory is not None:
+            memory.state, memory.cell, memory.index = None, None, memory.chain.length
 
     after_backward(forget)
 

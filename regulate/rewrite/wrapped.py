@@ -89,6 +89,9 @@ def run_block(self: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: 
     _check_points(self, place)
     regulator = _regulator(self, place)
     repeated = noted(place, (args, kwargs))
+    if (repeated or place.index == 0) and is_repeated():
+        # What second runs of later blocks left would hold their maps while this one makes its own.
+        replace(place.chain, None, None)
     before = None if repeated else _before(place, (args, kwargs))
     entering = repeated or before or Memory(place.chain, _lasting(regulator.cell, self), None, -1, True)
     outer = STACK.top
