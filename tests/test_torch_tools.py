@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import fx
 
-from .helpers import network, stirred
+from .helpers import network, small, stirred
 
 # Of the families in docs/compatibility.md the tests of the uses take care.
 NAMES = ["legacy_xception", "regnety_002", "cifar/20"]
@@ -34,3 +36,24 @@ def test_the_same_outputs(name, tool, kernel):
     model = stirred(network(name), cell="gru" if kernel == "dense" else "lstm", kernel=kernel, stages=[0])
     with torch.no_grad():
         assert torch.allclose(tool(model)(X), model(X), rtol=1e-4, atol=1e-4)
+
+
+ALLOCATED = re.compile(r"empty_strided_cpu\(\((\d+), (\d+), (\d+), (\d+)\), \((\d+), (\d+), ")
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_inductor_lays_no_map_out_twice(train):
+    from torch._inductor.utils import run_and_get_code
+
+    model = stirred(small()).train(train)
+    x = torch.randn(2, 3, 12, 12)
+    with torch.set_grad_enabled(train):
+        expected = model(x)
+        found, code = run_and_get_code(torch.compile(model, fullgraph=True), x)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert found.stride() == expected.stride()
+    # Maps of 8 channels, and the concatenations of 16: all in channels last, in which the convolutions are run.
+    buffers = [tuple(map(int, numbers)) for numbers in ALLOCATED.findall("".join(code))]
+    strides = {(size[1], size[5]) for size in buffers if size[2] == 12}
+    assert {channels for channels, _ in strides} == {8, 16}
+    assert {stride for _, stride in strides} == {1}, buffers

@@ -14,7 +14,7 @@ process is the environment variable REGULATE_KERNELS, one for a while and for th
 from .choose import CHOICES, setting, use
 from .library import instruction_set, origin
 from .library import why_not as why_no_native
-from .mixing import mixed
+from .mixing import joined, laid_out_as, mixed
 from .norm import norm_relu
 from .step import step
 from .untouched import untouched
@@ -22,6 +22,8 @@ from .untouched import untouched
 __all__ = [
     "CHOICES",
     "instruction_set",
+    "joined",
+    "laid_out_as",
     "mixed",
     "norm_relu",
     "origin",

@@ -35,6 +35,30 @@ def mixed(x: Tensor, h: Tensor, weight: Tensor, bias: Maybe = None) -> Maybe:
     return _Mix.apply(x, h, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def joined(x: Tensor, h: Tensor) -> Tensor:
+    """`concat[x, h]` along the channels, laid out as the convolution behind it will read it.
+
+    Inductor runs convolutions of the CPU in channels last, but lays a concatenation out as it was traced: it would
+    write the maps transposed and then copy them back.
+    """
+    if not _inductor_lays_out(x):
+        return torch.cat([x, h], 1)
+    return torch.cat([x.permute(0, 2, 3, 1), h.permute(0, 2, 3, 1)], 3).permute(0, 3, 1, 2)
+
+
+def laid_out_as(x: Tensor, y: Tensor) -> Tensor:
+    """Y in x's memory format, where `joined` has changed it: the network's results keep theirs. No pass of its own."""
+    if not _inductor_lays_out(x) or not x.is_contiguous():
+        return y
+    return y.contiguous()
+
+
+def _inductor_lays_out(x: Tensor) -> bool:
+    return (
+        torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.dim() == 4 and x.device.type == "cpu"
+    )
+
+
 def _format(x: Tensor) -> torch.memory_format | None:
     for form in (torch.contiguous_format, torch.channels_last):
         if x.is_contiguous(memory_format=form):
