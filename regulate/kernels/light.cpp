@@ -42,36 +42,55 @@ INLINE void parameters(Gate& gate, const Weights& w, Visit visit) {
 }
 
 void mix(const float* x, const float* h, float* m, const Gate& gate, Span at) {
-  for (int64_t i = at.begin; i < at.end; i += LANES) store(m + i, gate.x * load(x + i) + gate.h * load(h + i));
+  const vec of_x = gate.x, of_h = gate.h;
+  for (int64_t i = at.begin; i < at.end; i += LANES) store(m + i, of_x * load(x + i) + of_h * load(h + i));
 }
 
-INLINE vec convolve(const float* m, const Gate& gate, const Plane& p, int64_t i) {
-  vec sum = gate.bias;
-  for (int t = 0; t < 9; ++t) sum += gate.tap[t] * load(m + i + p.taps[t]);
-  return sum;
+// The 3x3 around each pixel of a part of a plane. `taken(i, t, v)` gets the tap t's pixel for the one at i.
+// Local copies, because the compiler must take it that a store to a plane may change what it reads through a reference.
+template <class Visit>
+INLINE void around(const float* plane, const Plane& p, int64_t i, Visit visit) {
+  const int64_t row = p.row, side = p.lanes;
+  for (int y = 0; y < 3; ++y) {
+    const float* line = plane + (y - 1) * row + i;
+    visit(3 * y, load(line - side));
+    visit(3 * y + 1, load(line));
+    visit(3 * y + 2, load(line + side));
+  }
 }
 
 // One gate in a loop of its own: all in one would be a chain of dependent operations too long for the processor to
 // overlap one vector's with the next one's.
 template <class Activation>
-INLINE void activate(const float* m, float* to, const Gate& gate, const Plane& p, Span at, Activation activation) {
-  for (int64_t i = at.begin; i < at.end; i += LANES) store(to + i, activation(convolve(m, gate, p, i)));
+INLINE void activate(const float* m, float* to, const Gate& from, const Plane& plane, Span at, Activation activation) {
+  const Gate gate = from;
+  const Plane p = plane;
+  for (int64_t i = at.begin; i < at.end; i += LANES) {
+    vec sums[3] = {gate.bias, vec{}, vec{}};
+    around(m, p, i, [&](int t, vec v) { sums[t / 3] += gate.tap[t] * v; });
+    store(to + i, activation(sums[0] + sums[1] + sums[2]));
+  }
 }
 
 // From dg, the gradient of a gate before its activation, to those of its parameters, of x and of h (or of r.h).
 // dg must be zero on the border. That of the state is, but what it is multiplied by may be NaN there: a gate on the
 // border sees the pixels beside it, and on its other side is the next row, or another image. Hence the mask.
 template <bool FIRST>
-void back(const float* m, const float* dg, const float* x, const float* h, float* dx, float* dh, const Gate& gate,
-          Gate& grad, const Plane& p, Span at) {
+void back(const float* m, const float* dg, const float* x, const float* h, float* dx, float* dh, const Gate& from,
+          Gate& grad, const Plane& plane, Span at) {
+  const Gate gate = from;
+  const Plane p = plane;
   Gate sum = grad;
   for (int64_t i = at.begin; i < at.end; i += LANES) {
-    vec d = load(dg + i), dm = vec{};
-    sum.bias += d;
-    for (int t = 0; t < 9; ++t) {
-      sum.tap[t] += d * load(m + i + p.taps[t]);
-      dm += gate.tap[t] * load(dg + i - p.taps[t]);
-    }
+    const vec here = load(m + i);
+    vec parts[3] = {};
+    // A tap's sum from the side of the pixel that it reads: the gradients around it serve for dm as well.
+    around(dg, p, i, [&](int t, vec d) {
+      sum.tap[8 - t] += d * here;
+      parts[t / 3] += gate.tap[8 - t] * d;
+    });
+    const vec dm = parts[0] + parts[1] + parts[2];
+    sum.bias += load(dg + i);
     sum.x += dm * load(x + i);
     sum.h += dm * load(h + i);
     store(dx + i, FIRST ? gate.x * dm : load(dx + i) + gate.x * dm);
