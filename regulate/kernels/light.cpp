@@ -62,13 +62,15 @@ INLINE void around(const float* plane, const Plane& p, int64_t i, Visit visit) {
 // One gate in a loop of its own: all in one would be a chain of dependent operations too long for the processor to
 // overlap one vector's with the next one's.
 template <class Activation>
-INLINE void activate(const float* m, float* to, const Gate& from, const Plane& plane, Span at, Activation activation) {
-  const Gate gate = from;
+INLINE void activate(const float* m, float* to, const Gate& from, const Plane& plane, Span at) {
+  Gate gate = from;
+  for (vec& tap : gate.tap) tap *= Activation::FACTOR;
+  gate.bias *= Activation::FACTOR;
   const Plane p = plane;
   for (int64_t i = at.begin; i < at.end; i += LANES) {
     vec sums[3] = {gate.bias, vec{}, vec{}};
     around(m, p, i, [&](int t, vec v) { sums[t / 3] += gate.tap[t] * v; });
-    store(to + i, activation(sums[0] + sums[1] + sums[2]));
+    store(to + i, Activation::of(sums[0] + sums[1] + sums[2]));
   }
 }
 
@@ -120,7 +122,7 @@ struct Scratch {
 void forward_rnn(Scratch& s, const Gate* gate, const Plane& p) {
   tiles(p, [&](Span here, Span ahead, Span) {
     mix(s[X], s[H], s[MIX], gate[0], ahead);
-    activate(s[MIX], s[ACT], gate[0], p, here, hyperbolic);
+    activate<Hyperbolic>(s[MIX], s[ACT], gate[0], p, here);
   });
 }
 
@@ -140,14 +142,14 @@ void gru_gates(Scratch& s, float* r, float* z, float* n, const Gate* gate, const
   const float* mask = s[MASK];
   tiles(p, [&](Span here, Span ahead, Span) {
     for (int k = 0; k < 2; ++k) mix(s[X], s[H], s[MIX + k], gate[k], ahead);
-    activate(s[MIX], r, gate[0], p, here, sigmoid);
-    activate(s[MIX + 1], z, gate[1], p, here, sigmoid);
+    activate<Sigmoid>(s[MIX], r, gate[0], p, here);
+    activate<Sigmoid>(s[MIX + 1], z, gate[1], p, here);
     for (int64_t i = here.begin; i < here.end; i += LANES)
-      store(s[RH] + i, masked(load(r + i) * load(s[H] + i), mask + i));
+      store(s[RH] + i, masked(load(r + i) * load(s[H] + i), load(mask + i)));
   });
   tiles(p, [&](Span here, Span ahead, Span) {
     mix(s[X], s[RH], s[MIX + 2], gate[2], ahead);
-    activate(s[MIX + 2], n, gate[2], p, here, hyperbolic);
+    activate<Hyperbolic>(s[MIX + 2], n, gate[2], p, here);
   });
 }
 
@@ -167,15 +169,15 @@ void backward_gru(Scratch& s, const Gate* gate, Gate* grad, const Plane& p) {
   gru_gates(s, r, z, n, gate, p);
   for (int64_t i = p.begin; i < p.end; i += LANES) {
     vec d = load(s[DH] + i), update = load(z + i), candidate = load(n + i);
-    store(n + i, masked(d * update * (1.0f - candidate * candidate), mask + i));
-    store(z + i, masked(d * (candidate - load(s[H] + i)) * update * (1.0f - update), mask + i));
+    store(n + i, masked(d * update * (1.0f - candidate * candidate), load(mask + i)));
+    store(z + i, masked(d * (candidate - load(s[H] + i)) * update * (1.0f - update), load(mask + i)));
     store(s[DC] + i, d * (1.0f - update));
   }
   back<true>(s[MIX + 2], n, s[X], s[RH], s[DX], drh, gate[2], grad[2], p, all);
   for (int64_t i = p.begin; i < p.end; i += LANES) {
     vec reset = load(r + i), d = load(drh + i);
     store(s[DHO] + i, load(s[DC] + i) + d * reset);
-    store(r + i, masked(d * load(s[H] + i) * reset * (1.0f - reset), mask + i));
+    store(r + i, masked(d * load(s[H] + i) * reset * (1.0f - reset), load(mask + i)));
   }
   back<false>(s[MIX], r, s[X], s[H], s[DX], s[DHO], gate[0], grad[0], p, all);
   back<false>(s[MIX + 1], z, s[X], s[H], s[DX], s[DHO], gate[1], grad[1], p, all);
@@ -184,8 +186,8 @@ void backward_gru(Scratch& s, const Gate* gate, Gate* grad, const Plane& p) {
 INLINE void lstm_gates(Scratch& s, const Gate* gate, const Plane& p, Span here, Span ahead) {
   for (int k = 0; k < 4; ++k) {
     mix(s[X], s[H], s[MIX + k], gate[k], ahead);
-    if (k == 2) activate(s[MIX + k], s[ACT + k], gate[k], p, here, hyperbolic);
-    else activate(s[MIX + k], s[ACT + k], gate[k], p, here, sigmoid);
+    if (k == 2) activate<Hyperbolic>(s[MIX + k], s[ACT + k], gate[k], p, here);
+    else activate<Sigmoid>(s[MIX + k], s[ACT + k], gate[k], p, here);
   }
 }
 
@@ -210,10 +212,10 @@ void backward_lstm(Scratch& s, const Gate* gate, Gate* grad, const Plane& p) {
       vec in = load(di + i), f = load(df + i), g = load(dg + i), o = load(dout + i);
       vec old = load(s[C] + i), d = load(s[DH] + i), t = hyperbolic(f * old + in * g);
       vec dc = load(s[DC] + i) + d * o * (1.0f - t * t);
-      store(di + i, masked(dc * g * in * (1.0f - in), mask + i));
-      store(df + i, masked(dc * old * f * (1.0f - f), mask + i));
-      store(dg + i, masked(dc * in * (1.0f - g * g), mask + i));
-      store(dout + i, masked(d * t * o * (1.0f - o), mask + i));
+      store(di + i, masked(dc * g * in * (1.0f - in), load(mask + i)));
+      store(df + i, masked(dc * old * f * (1.0f - f), load(mask + i)));
+      store(dg + i, masked(dc * in * (1.0f - g * g), load(mask + i)));
+      store(dout + i, masked(d * t * o * (1.0f - o), load(mask + i)));
       store(s[DC] + i, dc * f);
     }
     back<true>(s[MIX], di, s[X], s[H], s[DX], s[DHO], gate[0], grad[0], p, behind);

@@ -33,7 +33,21 @@ struct Plane {
   }
 };
 
-// Where a task's channels lie in a map and how they get into and out of the scratch.
+// All bits in the first lanes, none in the others: a window on `left` of the former.
+alignas(64) const int32_t EDGE[2 * LANES] = {
+#if defined(__AVX512F__)
+    -1, -1, -1, -1, -1, -1, -1, -1,
+#endif
+#if defined(__AVX2__)
+    -1, -1, -1, -1,
+#endif
+    -1, -1, -1, -1};
+
+INLINE vec first_lanes(int64_t left) { return load((const float*)EDGE + LANES - left); }
+
+// Where a task's channels lie in a map and how they get into and out of the scratch, image by image in the order of
+// their places. Rows are short, so they are copied in whole vectors: what these write too much is zeros, where they go
+// into the scratch, and overwritten by the next row.
 struct Window {
   const Shape& shape;
   const Plane& plane;
@@ -49,34 +63,46 @@ struct Window {
       std::memset(scratch + plane.begin + place * plane.image + y * plane.row, 255, 4 * shape.width * plane.lanes);
   }
   void in(const float* map, float* scratch, int64_t place) const {
-    for (int64_t y = 0; y < shape.height; ++y) {
-      float* to = scratch + plane.begin + place * plane.image + y * plane.row;
-      if (!map) {
-        std::memset(to, 0, 4 * shape.width * plane.lanes);
-      } else if (!shape.last) {
-        copy(to, map + offset + y * shape.width, shape.width);
-      } else {
-        const float* from = map + offset + y * shape.width * shape.channels;
-        for (int64_t x = 0; x < shape.width; ++x, from += shape.channels, to += LANES) {
-          if (wide == LANES) store(to, load(from));
-          else for (int lane = 0; lane < LANES; ++lane) to[lane] = lane < wide ? from[lane] : 0.0f;
-        }
-      }
+    float* to = scratch + plane.begin + place * plane.image;
+    for (int64_t y = 0; y < shape.height; ++y, to += plane.row) {
+      if (!map) std::memset(to, 0, 4 * shape.width * plane.lanes);
+      else if (shape.last) pixels_in(map + offset + y * shape.width * shape.channels, to);
+      else row_in(map + offset + y * shape.width, to, (shape.height - y) * shape.width);
     }
   }
   void out(const float* scratch, float* map, int64_t place) const {
     if (!map) return;
-    for (int64_t y = 0; y < shape.height; ++y) {
-      const float* from = scratch + plane.begin + place * plane.image + y * plane.row;
-      if (!shape.last) {
-        copy(map + offset + y * shape.width, from, shape.width);
-        continue;
-      }
-      float* to = map + offset + y * shape.width * shape.channels;
-      for (int64_t x = 0; x < shape.width; ++x, to += shape.channels, from += LANES) {
-        if (wide == LANES) store(to, load(from));
-        else copy(to, from, wide);
-      }
+    const float* from = scratch + plane.begin + place * plane.image;
+    for (int64_t y = 0; y < shape.height; ++y, from += plane.row) {
+      if (shape.last) pixels_out(from, map + offset + y * shape.width * shape.channels);
+      else row_out(from, map + offset + y * shape.width, (shape.height - y) * shape.width);
+    }
+  }
+
+ private:
+  // `left`: the floats of the plane in the map from this row on.
+  MEMBER void row_in(const float* from, float* to, int64_t left) const {
+    int64_t x = 0;
+    for (; x + LANES <= shape.width; x += LANES) store(to + x, load(from + x));
+    if (x == shape.width) return;
+    if (x + LANES <= left) store(to + x, masked(load(from + x), first_lanes(shape.width - x)));
+    else copy(to + x, from + x, shape.width - x);
+  }
+  MEMBER void row_out(const float* from, float* to, int64_t left) const {
+    int64_t x = 0;
+    for (; x < shape.width && x + LANES <= left; x += LANES) store(to + x, load(from + x));
+    if (x < shape.width) copy(to + x, from + x, shape.width - x);
+  }
+  MEMBER void pixels_in(const float* from, float* to) const {
+    for (int64_t x = 0; x < shape.width; ++x, from += shape.channels, to += LANES) {
+      if (wide == LANES) store(to, load(from));
+      else for (int lane = 0; lane < LANES; ++lane) to[lane] = lane < wide ? from[lane] : 0.0f;
+    }
+  }
+  MEMBER void pixels_out(const float* from, float* to) const {
+    for (int64_t x = 0; x < shape.width; ++x, to += shape.channels, from += LANES) {
+      if (wide == LANES) store(to, load(from));
+      else copy(to, from, wide);
     }
   }
 };

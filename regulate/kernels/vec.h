@@ -5,6 +5,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #ifdef __SSE__
 #include <immintrin.h>
@@ -37,19 +38,27 @@ typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias
 
 typedef float quarter __attribute__((vector_size(16), aligned(4), may_alias));
 
-#define INLINE static inline __attribute__((always_inline))
+#define MEMBER inline __attribute__((always_inline))
+#define INLINE static MEMBER
+#ifdef __clang__
+#define UNROLLED _Pragma("unroll")
+#else
+#define UNROLLED _Pragma("GCC unroll 16")
+#endif
 
 INLINE vec load(const float* p) { return *(const loose*)p; }
 INLINE void store(float* p, vec v) { *(loose*)p = v; }
 INLINE vec broadcast(float v) { return vec{} + v; }
 
 // v where the mask's bits are set, else zero, NaN and infinity included: a product with zero would keep them.
-INLINE vec masked(vec v, const float* mask) { return (vec)((ivec)v & (ivec)load(mask)); }
+INLINE vec masked(vec v, vec mask) { return (vec)((ivec)v & (ivec)mask); }
 
 INLINE float total(vec v) {
-  float sum = 0;
-  for (int lane = 0; lane < LANES; ++lane) sum += v[lane];
-  return sum;
+  float sums[LANES];
+  store(sums, v);
+  UNROLLED for (int half = LANES / 2; half > 0; half /= 2)
+    UNROLLED for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  return sums[0];
 }
 
 // x within [-limit, limit]; NaN stays NaN: of two operands the instructions below take the second, if one is NaN.
@@ -66,39 +75,54 @@ INLINE vec clamped(vec x, float limit) {
 #endif
 }
 
-// exp(factor x) = scale (1 + rest), where scale is the power of two that leaves |rest| below 0.42. Of x / ln(2), n is
-// the nearest integer and r what is left; rest is 2^r - 1 by the polynomial of degree 6 whose largest relative error is
-// least, 2e-8 (Remez). Two activations need rest by itself, where exp(x) - 1 would lose its digits.
-struct Exponential {
-  vec scale, rest;
+// 2^x = 2^n 2^r: the nearest integer, where the exponent of a float has it, and what is left, |r| <= 1/2.
+struct Power {
+  ivec n;
+  vec r;
 };
 
-INLINE Exponential exponential(vec x, float factor) {
+INLINE Power power(vec x) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-  const float turns = factor * 1.44269504f;
-  vec shifted = x * turns + magic;
-  vec n = shifted - magic;
-  vec r = x * turns - n;
-  vec p = r * 1.54035128e-4f + 1.33907355e-3f;
-  p = p * r + 9.61823749e-3f;
-  p = p * r + 5.55035743e-2f;
-  p = p * r + 0.240226498f;
-  p = p * r + 0.693147188f;
-  return {(vec)(((ivec)shifted << 23) + 0x3F800000), p * r};
+  vec shifted = x + magic;
+  return {(ivec)shifted << 23, x - (shifted - magic)};
 }
 
-// Clamped where exp would leave the normal range.
-INLINE vec sigmoid(vec x) {
-  const Exponential e = exponential(clamped(x, 87.0f), -1.0f);
-  return 1.0f / (1.0f + (e.scale * e.rest + e.scale));
-}
+// The activations take x times FACTOR, which costs nothing where the taps that x is the sum of have it in them. Their
+// polynomials are those whose largest relative error is least (Remez, in double).
+constexpr float LOG2E = 1.44269504f;
 
-// (exp(2x) - 1) / (exp(2x) + 1). Beyond the clamp it is 1 to the last digit.
-INLINE vec hyperbolic(vec x) {
-  const Exponential e = exponential(clamped(x, 10.0f), 2.0f);
-  vec less = e.scale * e.rest + (e.scale - 1.0f);
-  return less / (less + 2.0f);
-}
+// 1 / (1 + exp(-x)). Clamped where the power would leave the normal range; 2^r to 1e-7.
+struct Sigmoid {
+  static constexpr float FACTOR = -LOG2E;
+  static MEMBER vec of(vec x) {
+    const Power e = power(clamped(x, 126.0f));
+    vec p = e.r * 0.00132647296f + 0.00967151299f;
+    p = p * e.r + 0.0555073358f;
+    p = p * e.r + 0.240222424f;
+    p = p * e.r + 0.693147004f;
+    p = p * e.r + 1.0f;
+    return 1.0f / (1.0f + (vec)((ivec)p + e.n));
+  }
+};
+
+// (exp(2x) - 1) / (exp(2x) + 1). Beyond the clamp it is 1 to the last digit. 2^r - 1 by itself, to 2e-8 of it: where x is
+// small, a difference from 1 would lose its digits.
+struct Hyperbolic {
+  static constexpr float FACTOR = 2 * LOG2E;
+  static MEMBER vec of(vec x) {
+    const Power e = power(clamped(x, 30.0f));
+    const vec scale = (vec)(e.n + 0x3F800000);
+    vec p = e.r * 1.54035128e-4f + 1.33907355e-3f;
+    p = p * e.r + 9.61823749e-3f;
+    p = p * e.r + 5.55035743e-2f;
+    p = p * e.r + 0.240226498f;
+    p = p * e.r + 0.693147188f;
+    const vec less = p * e.r * scale + (scale - 1.0f);
+    return less / (less + 2.0f);
+  }
+};
+
+INLINE vec hyperbolic(vec x) { return Hyperbolic::of(x * Hyperbolic::FACTOR); }
 
 // Numbers below the normal range count as zero while this lives: saturated gates make them all the time, and
 // processors take many times as long to compute with them.
