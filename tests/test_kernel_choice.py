@@ -285,6 +285,6 @@ def test_to_import_it_does_not_import_the_compiler():
 
 def test_the_sources_are_in_the_package():
     names = {path.name for path in Path(kernels.__file__).parent.iterdir()}
-    assert {"vec.h", "plane.h", "light.cpp", "norm.cpp"} <= names
+    assert {"vec.h", "plane.h", "gate.h", "light.cpp", "norm.cpp"} <= names
     setup = (Path(__file__).parents[1] / "setup.cfg").read_text()
     assert "regulate.kernels = *.cpp, *.h" in setup

@@ -4,102 +4,12 @@
 // H and C into a padded scratch that stays in the cache, do everything there, store H and C. The backward computes
 // the gates again, so that no map is kept for it but what goes in; only an RNN's gate is there anyway, it is H.
 
-#include "plane.h"
+#include "gate.h"
 
 namespace {
 
 enum Cell { RNN = 0, GRU = 1, LSTM = 2 };
 constexpr int GATES[] = {1, 3, 4};
-
-// The parameters of one gate for the channels of a task, or their gradients: mix, 3x3 and bias.
-struct Gate {
-  vec x, h, tap[9], bias;
-};
-
-struct Weights {
-  float *mix, *weight, *bias;
-};
-
-// The values of one parameter: `values` apart per channel, the same for all lanes or one per lane.
-INLINE vec take(const float* values, int64_t channel, int64_t apart, int64_t wide, bool last) {
-  if (!last) return broadcast(values[channel * apart]);
-  vec v = vec{};
-  for (int64_t lane = 0; lane < wide; ++lane) v[lane] = values[(channel + lane) * apart];
-  return v;
-}
-
-INLINE void give(float* values, vec v, int64_t channel, int64_t apart, int64_t wide, bool last) {
-  if (!last) { values[channel * apart] = total(v); return; }
-  for (int64_t lane = 0; lane < wide; ++lane) values[(channel + lane) * apart] = v[lane];
-}
-
-template <class Visit>
-INLINE void parameters(Gate& gate, const Weights& w, Visit visit) {
-  visit(gate.x, w.mix, 2);
-  visit(gate.h, w.mix + 1, 2);
-  for (int t = 0; t < 9; ++t) visit(gate.tap[t], w.weight + t, 9);
-  visit(gate.bias, w.bias, 1);
-}
-
-void mix(const float* x, const float* h, float* m, const Gate& gate, Span at) {
-  const vec of_x = gate.x, of_h = gate.h;
-  for (int64_t i = at.begin; i < at.end; i += LANES) store(m + i, of_x * load(x + i) + of_h * load(h + i));
-}
-
-// The 3x3 around each pixel of a part of a plane. `taken(i, t, v)` gets the tap t's pixel for the one at i.
-// Local copies, because the compiler must take it that a store to a plane may change what it reads through a reference.
-template <class Visit>
-INLINE void around(const float* plane, const Plane& p, int64_t i, Visit visit) {
-  const int64_t row = p.row, side = p.lanes;
-  for (int y = 0; y < 3; ++y) {
-    const float* line = plane + (y - 1) * row + i;
-    visit(3 * y, load(line - side));
-    visit(3 * y + 1, load(line));
-    visit(3 * y + 2, load(line + side));
-  }
-}
-
-// One gate in a loop of its own: all in one would be a chain of dependent operations too long for the processor to
-// overlap one vector's with the next one's.
-template <class Activation>
-INLINE void activate(const float* m, float* to, const Gate& from, const Plane& plane, Span at) {
-  Gate gate = from;
-  for (vec& tap : gate.tap) tap *= Activation::FACTOR;
-  gate.bias *= Activation::FACTOR;
-  const Plane p = plane;
-  for (int64_t i = at.begin; i < at.end; i += LANES) {
-    vec sums[3] = {gate.bias, vec{}, vec{}};
-    around(m, p, i, [&](int t, vec v) { sums[t / 3] += gate.tap[t] * v; });
-    store(to + i, Activation::of(sums[0] + sums[1] + sums[2]));
-  }
-}
-
-// From dg, the gradient of a gate before its activation, to those of its parameters, of x and of h (or of r.h).
-// dg must be zero on the border. That of the state is, but what it is multiplied by may be NaN there: a gate on the
-// border sees the pixels beside it, and on its other side is the next row, or another image. Hence the mask.
-template <bool FIRST>
-void back(const float* m, const float* dg, const float* x, const float* h, float* dx, float* dh, const Gate& from,
-          Gate& grad, const Plane& plane, Span at) {
-  const Gate gate = from;
-  const Plane p = plane;
-  Gate sum = grad;
-  for (int64_t i = at.begin; i < at.end; i += LANES) {
-    const vec here = load(m + i);
-    vec parts[3] = {};
-    // A tap's sum from the side of the pixel that it reads: the gradients around it serve for dm as well.
-    around(dg, p, i, [&](int t, vec d) {
-      sum.tap[8 - t] += d * here;
-      parts[t / 3] += gate.tap[8 - t] * d;
-    });
-    const vec dm = parts[0] + parts[1] + parts[2];
-    sum.bias += load(dg + i);
-    sum.x += dm * load(x + i);
-    sum.h += dm * load(h + i);
-    store(dx + i, FIRST ? gate.x * dm : load(dx + i) + gate.x * dm);
-    store(dh + i, FIRST ? gate.h * dm : load(dh + i) + gate.h * dm);
-  }
-  grad = sum;
-}
 
 struct Maps {
   const float *x, *h, *c, *dh, *dc;  // dh, dc: gradients of the new state; null in the forward pass
@@ -112,13 +22,11 @@ struct Scratch {
   std::unique_ptr<float[]> memory;  // null if there was none to be had
   int64_t size;
   Scratch(const Shape& shape, const Plane& p) : memory(new (std::nothrow) float[BUFFERS * p.size]()), size(p.size) {
-    for (int64_t i = 0; memory && i < p.stack; ++i) Window(shape, p, 0, 0).mask((*this)[MASK], i);
+    if (memory) Window(shape, p, 0, 0, 0).mask((*this)[MASK]);
   }
   float* operator[](int i) { return memory.get() + i * size; }
 };
 
-// A gate in a loop of its own: all in one would be a chain of dependent operations too long for the processor to
-// overlap one vector's with the next one's.
 void forward_rnn(Scratch& s, const Gate* gate, const Plane& p) {
   tiles(p, [&](Span here, Span ahead, Span) {
     mix(s[X], s[H], s[MIX], gate[0], ahead);
@@ -224,28 +132,20 @@ void backward_lstm(Scratch& s, const Gate* gate, Gate* grad, const Plane& p) {
   });
 }
 
-// One step for `count` images from n on, stacked.
+// One step for the images of a window.
 template <int CELL>
-void task(const Maps& maps, const Shape& shape, int64_t n, int64_t count, int64_t block, Scratch& s, const Gate* gate,
-          Gate* grad, const Plane& p) {
-  for (int64_t i = 0; i < p.stack; ++i) {
-    const Window w(shape, p, n + i, block);
-    const bool real = i < count;  // an empty place is zeros: what is added up there must add nothing
-    w.in(real ? maps.x : nullptr, s[X], i);
-    w.in(real ? maps.h : nullptr, s[H], i);
-    if (CELL == LSTM || (grad && CELL == RNN)) w.in(real ? maps.c : nullptr, s[C], i);
-    if (grad) w.in(real ? maps.dh : nullptr, s[DH], i);
-    if (grad && CELL == LSTM) w.in(real ? maps.dc : nullptr, s[DC], i);
-  }
+void task(const Maps& maps, const Window& w, Scratch& s, const Gate* gate, Gate* grad, const Plane& p) {
+  w.in(maps.x, s[X]);
+  w.in(maps.h, s[H]);
+  if (CELL == LSTM || (grad && CELL == RNN)) w.in(maps.c, s[C]);
+  if (grad) w.in(maps.dh, s[DH]);
+  if (grad && CELL == LSTM) w.in(maps.dc, s[DC]);
   if (CELL == RNN) grad ? backward_rnn(s, gate, grad, p) : forward_rnn(s, gate, p);
   if (CELL == GRU) grad ? backward_gru(s, gate, grad, p) : forward_gru(s, gate, p);
   if (CELL == LSTM) grad ? backward_lstm(s, gate, grad, p) : forward_lstm(s, gate, p);
-  for (int64_t i = 0; i < count; ++i) {
-    const Window w(shape, p, n + i, block);
-    w.out(s[grad ? DX : ACT], grad ? maps.dx : maps.new_h, i);
-    if (grad) w.out(s[DHO], maps.dh_old, i);
-    if (CELL == LSTM) w.out(s[grad ? DC : ACT + 1], grad ? maps.dc_old : maps.new_c, i);
-  }
+  w.out(s[grad ? DX : ACT], grad ? maps.dx : maps.new_h);
+  if (grad) w.out(s[DHO], maps.dh_old);
+  if (CELL == LSTM) w.out(s[grad ? DC : ACT + 1], grad ? maps.dc_old : maps.new_c);
 }
 
 // Tasks are (chunk of the batch, block of channels); each chunk sums the parameters' gradients on its own. An exception
@@ -254,7 +154,7 @@ template <int CELL>
 int step(const Maps& maps, const Weights& weights, const Weights* grads, const Shape& shape, int64_t chunks,
           int64_t threads) {
   const Plane plane(shape, (shape.batch + chunks - 1) / chunks);
-  const int64_t blocks = (shape.channels + plane.lanes - 1) / plane.lanes, rows = GATES[CELL] * shape.channels;
+  const int64_t blocks = (shape.channels + plane.side - 1) / plane.side, rows = GATES[CELL] * shape.channels;
   int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
@@ -266,9 +166,9 @@ int step(const Maps& maps, const Weights& weights, const Weights* grads, const S
         failed = 1;
         continue;
       }
-      const int64_t chunk = job / blocks, block = job % blocks, first = block * plane.lanes;
+      const int64_t chunk = job / blocks, block = job % blocks, first = block * plane.side;
       Gate gate[4] = {}, grad[4] = {};
-      const int64_t wide = Window(shape, plane, 0, block).wide;
+      const int64_t wide = Window(shape, plane, 0, 0, block).wide;
       for (int k = 0; k < GATES[CELL]; ++k)
         parameters(gate[k], weights, [&](vec& v, float* from, int64_t apart) {
           v = take(from, k * shape.channels + first, apart, wide, shape.last);
@@ -276,7 +176,7 @@ int step(const Maps& maps, const Weights& weights, const Weights* grads, const S
       const int64_t stop = (chunk + 1) * shape.batch / chunks;
       for (int64_t n = chunk * shape.batch / chunks; n < stop; n += plane.stack) {
         const int64_t count = stop - n < plane.stack ? stop - n : plane.stack;
-        task<CELL>(maps, shape, n, count, block, scratch, gate, grads ? grad : nullptr, plane);
+        task<CELL>(maps, Window(shape, plane, n, count, block), scratch, gate, grads ? grad : nullptr, plane);
       }
       if (!grads) continue;
       const int64_t row = chunk * rows;

@@ -1,35 +1,32 @@
 // Where the pixels of a channel plane lie: in a map, in a task's scratch, and in the tiles of a loop over it.
 //
-// A scratch plane is flat. A row holds W pixels behind one pixel of zeros, which is the right border of the row
-// above as well, so each of the nine taps is one constant offset and a plane of any size is one loop. Small planes
-// of a channel are stacked, a row of zeros between them, so that loops stay long. A pixel is one float (NCHW: a
-// vector covers pixels of a channel) or a vector (channels last: it covers channels of a pixel); only loading and
-// storing know the difference.
+// A scratch plane holds the same channel of some images side by side, so that loops over small ones stay long. In a row
+// a pixel of zeros stands before each image, which is the right border of the one before, or of the row above; a row of
+// zeros lies above all, and one below. So each of the nine taps is one constant offset and a plane of any size is one
+// loop. A pixel is one float (NCHW: a vector covers pixels of a channel) or a vector (channels last: it covers channels
+// of a pixel); only loading and storing know the difference.
 #pragma once
 
 #include "vec.h"
 
 namespace {
 
-constexpr int64_t LONG = 1024;  // floats in a stack of small planes: sixteen buffers stay near the core
-
 struct Shape {
   int64_t batch, channels, height, width;
   bool last;  // channels last
 };
 
+constexpr int64_t LONG = 1024;  // floats in a plane of small images: sixteen buffers stay near the core
+
 struct Plane {
-  int64_t row, image, stack, begin, end, size, taps[9];
-  int lanes;
-  Plane(const Shape& s, int64_t images) : lanes(s.last ? LANES : 1) {
-    row = (s.width + 1) * lanes;
-    image = (s.height + 1) * row;
-    const int64_t stacks = (images * image + LONG - 1) / LONG;  // as many as it takes, and then evenly filled
-    stack = image < LONG && stacks > 0 ? (images + stacks - 1) / stacks : 1;
-    begin = row + lanes;
-    end = begin + stack * image - row - lanes;
-    size = stack * image + row + lanes + LANES;
-    for (int t = 0; t < 9; ++t) taps[t] = (t / 3 - 1) * row + (t % 3 - 1) * lanes;
+  int64_t side, image, stack, row, begin, end, size;  // of a pixel, of an image's row; how many images; all of their rows
+  Plane(const Shape& s, int64_t images) : side(s.last ? LANES : 1), image((s.width + 1) * side) {
+    const int64_t one = image * s.height, stacks = (images * one + LONG - 1) / LONG;  // as many as it takes, evenly filled
+    stack = one < LONG && stacks > 0 ? (images + stacks - 1) / stacks : 1;
+    row = stack * image;
+    begin = row + side;
+    end = begin + s.height * row - side;
+    size = end + row + side + LANES;
   }
 };
 
@@ -45,54 +42,67 @@ alignas(64) const int32_t EDGE[2 * LANES] = {
 
 INLINE vec first_lanes(int64_t left) { return load((const float*)EDGE + LANES - left); }
 
-// Where a task's channels lie in a map and how they get into and out of the scratch, image by image in the order of
-// their places. Rows are short, so they are copied in whole vectors: what these write too much is zeros, where they go
-// into the scratch, and overwritten by the next row.
+// `count` floats of a row that `left` of the same map follow. Rows are short, so they are copied in whole vectors: what
+// these write too much is zeros, or is overwritten by what comes next.
+INLINE void row_in(const float* from, float* to, int64_t count, int64_t left) {
+  int64_t x = 0;
+  for (; x + LANES <= count; x += LANES) store(to + x, load(from + x));
+  if (x == count) return;
+  if (x + LANES <= left) store(to + x, masked(load(from + x), first_lanes(count - x)));
+  else copy(to + x, from + x, count - x);
+}
+
+INLINE void row_out(const float* from, float* to, int64_t count, int64_t left) {
+  int64_t x = 0;
+  for (; x < count && x + LANES <= left; x += LANES) store(to + x, load(from + x));
+  if (x < count) copy(to + x, from + x, count - x);
+}
+
+// Where a task's channels lie in a map, for `count` images from n on, and how they get into and out of the scratch.
 struct Window {
-  const Shape& shape;
-  const Plane& plane;
-  int64_t offset, wide;
-  Window(const Shape& s, const Plane& p, int64_t n, int64_t block) : shape(s), plane(p) {
-    int64_t first = block * p.lanes, pixels = s.height * s.width;
-    wide = s.channels - first < p.lanes ? s.channels - first : p.lanes;
-    offset = s.last ? n * pixels * s.channels + first : (n * s.channels + first) * pixels;
+  Shape shape;
+  Plane plane;
+  int64_t count, wide, next, offset;
+  Window(const Shape& s, const Plane& p, int64_t n, int64_t count, int64_t block)
+      : shape(s), plane(p), count(count), next(s.channels * s.height * s.width) {
+    const int64_t first = block * p.side;
+    wide = s.channels - first < p.side ? s.channels - first : p.side;
+    offset = n * next + (s.last ? first : first * s.height * s.width);
   }
-  // All bits of the image's pixels, none of the zeros around them.
-  void mask(float* scratch, int64_t place) const {
-    for (int64_t y = 0; y < shape.height; ++y)
-      std::memset(scratch + plane.begin + place * plane.image + y * plane.row, 255, 4 * shape.width * plane.lanes);
+  // visit(where in the map, where in the scratch, how many floats of the same channel there are from there on).
+  template <class Visit>
+  MEMBER void rows(int64_t images, Visit visit) const {
+    const int64_t step = shape.width * (shape.last ? shape.channels : 1), apart = next, wide = plane.image;
+    int64_t at = plane.begin, from = offset, left = shape.height * shape.width;
+    for (; left > 0; left -= shape.width, from += step, at += plane.row)
+      for (int64_t n = 0; n < images; ++n) visit(from + n * apart, at + n * wide, left);
   }
-  void in(const float* map, float* scratch, int64_t place) const {
-    float* to = scratch + plane.begin + place * plane.image;
-    for (int64_t y = 0; y < shape.height; ++y, to += plane.row) {
-      if (!map) std::memset(to, 0, 4 * shape.width * plane.lanes);
-      else if (shape.last) pixels_in(map + offset + y * shape.width * shape.channels, to);
-      else row_in(map + offset + y * shape.width, to, (shape.height - y) * shape.width);
-    }
+  // All bits of the images' pixels, none of the zeros around them.
+  void mask(float* scratch) const {
+    rows(plane.stack, [&](int64_t, int64_t at, int64_t) {
+      std::memset(scratch + at, 255, 4 * shape.width * plane.side);
+    });
   }
-  void out(const float* scratch, float* map, int64_t place) const {
+  // An empty place is zeros: what is added up there must add nothing.
+  void in(const float* map, float* scratch) const {
+    const Window w = *this;
+    if (!map || w.count < w.plane.stack) std::memset(scratch + w.plane.begin, 0, 4 * (w.plane.end - w.plane.begin));
     if (!map) return;
-    const float* from = scratch + plane.begin + place * plane.image;
-    for (int64_t y = 0; y < shape.height; ++y, from += plane.row) {
-      if (shape.last) pixels_out(from, map + offset + y * shape.width * shape.channels);
-      else row_out(from, map + offset + y * shape.width, (shape.height - y) * shape.width);
-    }
+    if (w.shape.last) w.rows(w.count, [&](int64_t from, int64_t at, int64_t) { w.pixels_in(map + from, scratch + at); });
+    else w.rows(w.count, [&](int64_t from, int64_t at, int64_t left) {
+      row_in(map + from, scratch + at, w.shape.width, left);
+    });
+  }
+  void out(const float* scratch, float* map) const {
+    if (!map) return;
+    const Window w = *this;
+    if (w.shape.last) w.rows(w.count, [&](int64_t to, int64_t at, int64_t) { w.pixels_out(scratch + at, map + to); });
+    else w.rows(w.count, [&](int64_t to, int64_t at, int64_t left) {
+      row_out(scratch + at, map + to, w.shape.width, left);
+    });
   }
 
  private:
-  // `left`: the floats of the plane in the map from this row on.
-  MEMBER void row_in(const float* from, float* to, int64_t left) const {
-    int64_t x = 0;
-    for (; x + LANES <= shape.width; x += LANES) store(to + x, load(from + x));
-    if (x == shape.width) return;
-    if (x + LANES <= left) store(to + x, masked(load(from + x), first_lanes(shape.width - x)));
-    else copy(to + x, from + x, shape.width - x);
-  }
-  MEMBER void row_out(const float* from, float* to, int64_t left) const {
-    int64_t x = 0;
-    for (; x < shape.width && x + LANES <= left; x += LANES) store(to + x, load(from + x));
-    if (x < shape.width) copy(to + x, from + x, shape.width - x);
-  }
   MEMBER void pixels_in(const float* from, float* to) const {
     for (int64_t x = 0; x < shape.width; ++x, from += shape.channels, to += LANES) {
       if (wide == LANES) store(to, load(from));
@@ -119,7 +129,7 @@ constexpr int64_t TILE = 512;
 
 template <class Visit>
 INLINE void tiles(const Plane& p, Visit visit) {
-  const int64_t reach = (p.taps[8] + 2 * LANES - 1) / LANES * LANES;
+  const int64_t reach = (p.row + p.side + 2 * LANES - 1) / LANES * LANES;
   const auto inside = [&](int64_t i) { return i < p.begin ? p.begin : i < p.end ? i : p.end; };
   for (int64_t i = p.begin; i < p.end; i += TILE) {
     const bool first = i == p.begin, last = i + TILE >= p.end;

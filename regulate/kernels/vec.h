@@ -32,6 +32,13 @@ constexpr int LANES = 4;
 constexpr char INSTRUCTION_SET[] = "generic";
 #endif
 
+// The registers that hold them.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int REGISTERS = 32;
+#else
+constexpr int REGISTERS = 16;
+#endif
+
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -40,11 +47,6 @@ typedef float quarter __attribute__((vector_size(16), aligned(4), may_alias));
 
 #define MEMBER inline __attribute__((always_inline))
 #define INLINE static MEMBER
-#ifdef __clang__
-#define UNROLLED _Pragma("unroll")
-#else
-#define UNROLLED _Pragma("GCC unroll 16")
-#endif
 
 INLINE vec load(const float* p) { return *(const loose*)p; }
 INLINE void store(float* p, vec v) { *(loose*)p = v; }
@@ -56,8 +58,8 @@ INLINE vec masked(vec v, vec mask) { return (vec)((ivec)v & (ivec)mask); }
 INLINE float total(vec v) {
   float sums[LANES];
   store(sums, v);
-  UNROLLED for (int half = LANES / 2; half > 0; half /= 2)
-    UNROLLED for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
   return sums[0];
 }
 
