@@ -91,10 +91,11 @@ void back(const float* m, const float* dg, const float* x, const float* h, float
     vec dm[3] = {};
     // A tap's sum from the side of the pixel that it reads, so that it takes the same gradients as dm.
     around(dg, p, i, [&](int t, vec d) {
+      if (TOGETHER) d = kept(d);
       sum.tap[8 - t] += d * here;
+      if (t == 4) sum.bias += d;
       if (TOGETHER) dm[t / 3] += gate.tap[8 - t] * d;
     });
-    sum.bias += load(dg + i);
     if (TOGETHER) give(i, dm);
   }
   for (int64_t i = at.begin; !TOGETHER && i < at.end; i += LANES) {

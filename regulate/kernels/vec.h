@@ -52,6 +52,18 @@ INLINE vec load(const float* p) { return *(const loose*)p; }
 INLINE void store(float* p, vec v) { *(loose*)p = v; }
 INLINE vec broadcast(float v) { return vec{} + v; }
 
+// v in a register, for several uses: compilers would rather read it again as an operand of each, and reading is dear.
+INLINE vec kept(vec v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__SSE2__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
 // v where the mask's bits are set, else zero, NaN and infinity included: a product with zero would keep them.
 INLINE vec masked(vec v, vec mask) { return (vec)((ivec)v & (ivec)mask); }
 
