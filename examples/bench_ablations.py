@@ -25,7 +25,7 @@ import torch
 
 from regulate import RegulatorConfig, bench, kernels, optimize_for_inference, regulate
 from regulate.bench import PLAIN, REGULATED, Setting
-from regulate.kernels import build, library
+from regulate.kernels import build
 from regulate.named import load_model
 
 LSTM = RegulatorConfig("lstm")
