@@ -18,9 +18,23 @@ struct Maps {
 
 enum { X, H, C, DH, DC, DX, DHO, RH, MASK, MIX, ACT = MIX + 4, BUFFERS = ACT + 4 };
 
+// What is asked of memory while a plane is computed with: the maps of the plane that comes next, and the places of this
+// one's results.
+struct Ahead {
+  const float* places[8] = {};
+  int64_t pixels = 0;
+  void fetch(const Plane& p, Span at) const {
+    constexpr int64_t line = 16;
+    const int64_t begin = at.begin - p.begin, end = at.end - p.begin < pixels ? at.end - p.begin : pixels;
+    for (const float* place : places)
+      for (int64_t i = begin; place && i < end; i += line) __builtin_prefetch(place + i);
+  }
+};
+
 struct Scratch {
   std::unique_ptr<float[]> memory;  // null if there was none to be had
   int64_t size;
+  Ahead ahead;
   Scratch(const Shape& shape, const Plane& p) : memory(new (std::nothrow) float[BUFFERS * p.size]()), size(p.size) {
     if (memory) Window(shape, p, 0, 0, 0).mask((*this)[MASK]);
   }
@@ -29,6 +43,7 @@ struct Scratch {
 
 void forward_rnn(Scratch& s, const Gate* gate, const Plane& p) {
   tiles(p, [&](Span here, Span ahead, Span) {
+    s.ahead.fetch(p, here);
     mix(s[X], s[H], s[MIX], gate[0], ahead);
     activate<Hyperbolic>(s[MIX], s[ACT], gate[0], p, here);
   });
@@ -36,6 +51,7 @@ void forward_rnn(Scratch& s, const Gate* gate, const Plane& p) {
 
 void backward_rnn(Scratch& s, const Gate* gate, Gate* grad, const Plane& p) {
   tiles(p, [&](Span here, Span ahead, Span behind) {
+    s.ahead.fetch(p, here);
     mix(s[X], s[H], s[MIX], gate[0], ahead);
     for (int64_t i = here.begin; i < here.end; i += LANES) {
       vec n = load(s[C] + i);
@@ -49,6 +65,7 @@ void backward_rnn(Scratch& s, const Gate* gate, Gate* grad, const Plane& p) {
 void gru_gates(Scratch& s, float* r, float* z, float* n, const Gate* gate, const Plane& p) {
   const float* mask = s[MASK];
   tiles(p, [&](Span here, Span ahead, Span) {
+    s.ahead.fetch(p, here);
     for (int k = 0; k < 2; ++k) mix(s[X], s[H], s[MIX + k], gate[k], ahead);
     activate<Sigmoid>(s[MIX], r, gate[0], p, here);
     activate<Sigmoid>(s[MIX + 1], z, gate[1], p, here);
@@ -102,6 +119,7 @@ INLINE void lstm_gates(Scratch& s, const Gate* gate, const Plane& p, Span here, 
 void forward_lstm(Scratch& s, const Gate* gate, const Plane& p) {
   float *in = s[ACT], *f = s[ACT + 1], *g = s[ACT + 2], *o = s[ACT + 3];
   tiles(p, [&](Span here, Span ahead, Span) {
+    s.ahead.fetch(p, here);
     lstm_gates(s, gate, p, here, ahead);
     for (int64_t i = here.begin; i < here.end; i += LANES) {
       vec c = load(f + i) * load(s[C] + i) + load(in + i) * load(g + i);
@@ -115,6 +133,7 @@ void backward_lstm(Scratch& s, const Gate* gate, Gate* grad, const Plane& p) {
   float *di = s[ACT], *df = s[ACT + 1], *dg = s[ACT + 2], *dout = s[ACT + 3];
   const float* mask = s[MASK];
   tiles(p, [&](Span here, Span ahead, Span behind) {
+    s.ahead.fetch(p, here);
     lstm_gates(s, gate, p, here, ahead);
     for (int64_t i = here.begin; i < here.end; i += LANES) {
       vec in = load(di + i), f = load(df + i), g = load(dg + i), o = load(dout + i);
@@ -132,9 +151,22 @@ void backward_lstm(Scratch& s, const Gate* gate, Gate* grad, const Plane& p) {
   });
 }
 
+// Images so small that they are stacked are near anyway, and channels last have a plane's pixels apart.
+Ahead ahead(const Maps& maps, const Window& here, const Window& next) {
+  if (here.plane.stack > 1 || here.shape.last) return {};
+  const auto at = [](const float* map, const Window& w) { return map ? map + w.offset : nullptr; };
+  const auto read = [&](const float* map) { return at(map, next); };
+  const auto written = [&](const float* a, const float* b) { return at(a ? a : b, here); };
+  return {{read(maps.x), read(maps.h), read(maps.c), read(maps.dh), read(maps.dc), written(maps.new_h, maps.dx),
+           written(maps.new_c, maps.dc_old), written(maps.dh_old, nullptr)},
+          here.shape.height * here.shape.width};
+}
+
 // One step for the images of a window.
 template <int CELL>
-void task(const Maps& maps, const Window& w, Scratch& s, const Gate* gate, Gate* grad, const Plane& p) {
+void task(const Maps& maps, const Window& w, const Window& next, Scratch& s, const Gate* gate, Gate* grad,
+          const Plane& p) {
+  s.ahead = ahead(maps, w, next);
   w.in(maps.x, s[X]);
   w.in(maps.h, s[H]);
   if (CELL == LSTM || (grad && CELL == RNN)) w.in(maps.c, s[C]);
@@ -173,10 +205,14 @@ int step(const Maps& maps, const Weights& weights, const Weights* grads, const S
         parameters(gate[k], weights, [&](vec& v, float* from, int64_t apart) {
           v = take(from, k * shape.channels + first, apart, wide, shape.last);
         });
-      const int64_t stop = (chunk + 1) * shape.batch / chunks;
-      for (int64_t n = chunk * shape.batch / chunks; n < stop; n += plane.stack) {
-        const int64_t count = stop - n < plane.stack ? stop - n : plane.stack;
-        task<CELL>(maps, Window(shape, plane, n, count, block), scratch, gate, grads ? grad : nullptr, plane);
+      const int64_t start = chunk * shape.batch / chunks, stop = (chunk + 1) * shape.batch / chunks;
+      const auto window = [&](int64_t n, int64_t of) {
+        return Window(shape, plane, n, stop - n < plane.stack ? stop - n : plane.stack, of);
+      };
+      for (int64_t n = start; n < stop; n += plane.stack) {
+        const int64_t more = n + plane.stack;
+        const Window next = more < stop ? window(more, block) : window(start, block + 1 < blocks ? block + 1 : block);
+        task<CELL>(maps, window(n, block), next, scratch, gate, grads ? grad : nullptr, plane);
       }
       if (!grads) continue;
       const int64_t row = chunk * rows;
