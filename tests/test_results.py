@@ -11,6 +11,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
+import bench_ablations
+import bench_limits
 import bench_suite
 from experiments import tables
 from experiments.options import Options
@@ -69,3 +71,15 @@ def test_the_performance_page_shows_what_was_measured():
                 setting.batch,
             )
         assert bench_suite.table(title, found) in page
+
+
+def test_the_performance_page_shows_the_limits_and_the_ablations_that_were_measured():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    for name in ("AVX-512", "AVX2"):
+        found = json.loads((RESULTS / "performance" / f"limits-{name.lower()}.json").read_text())
+        assert found["machine"]["instruction set"] == name
+        assert bench_limits.table(found) in page
+    files = {name: RESULTS / "performance" / "ablations" / f"{name}.json" for name in bench_ablations.RUNS}
+    found = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
+    assert all(one["machine"]["native"] == "on" for one in found.values())
+    assert bench_ablations.table(found) in page
