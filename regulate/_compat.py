@@ -44,6 +44,7 @@ _level_is_known = _symbol("autograd.forward_ad._current_level") is not None
 _ALLOWING = "_disable_side_effect_safety_checks_for_current_subtracer"
 _COMPILED = "_orig_mod"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS_ON_OUTPUT = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_OPTIONS = (
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -171,6 +172,11 @@ def function_transforms_are_active() -> bool:
 def forward_mode_is_active() -> bool:
     """Check whether this runs inside forward-mode differentiation. Without the symbol: yes."""
     return not _level_is_known or bool(_forward_mode._current_level >= 0)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Check whether hooks of a module's own see what it puts out. Without the symbols: yes."""
+    return any(getattr(module, name, True) for name in _HOOKS_ON_OUTPUT)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -13,12 +13,18 @@ travels on, as a plain tuple, to the next block.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import kernels
-from .equations import State, dense_gates, gru, light_gates, lstm, rnn
+from . import _compat, equations, kernels
+from .equations import State, dense_gates, light_gates
+
+
+Step = Callable[[Tensor, Tensor | None], State]
 
 
 class GateConv(nn.Module):
@@ -63,16 +69,22 @@ class GateConv(nn.Module):
                 nn.init.normal_(weight, std=1 / math.sqrt(weight[0].numel()))
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
-        """Gate pre-activations.
+    def forward(self, x: Tensor, h: Tensor | None, step: Step | None = None) -> tuple[Tensor, ...]:
+        """Gate pre-activations; or, by one pass over the maps, what a cell makes of them.
 
         Args:
             x: input, (N, C, H, W).
-            h: hidden state, of x's shape.
+            h: hidden state, of x's shape; None for zeros.
+            step: computes the cell's new state from x, h and this module's weights. A cell hands it over unless
+                somebody waits for the gates: a hook on this module that sees its output, a `forward` of another class.
 
         Returns:
-            One tensor of x's shape per gate.
+            One tensor of x's shape per gate; the new state if there is a step.
         """
+        return self.products(x, torch.zeros_like(x) if h is None else h) if step is None else step(x, h)
+
+    def products(self, x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+        """Gate pre-activations, one tensor of x's shape (N, C, H, W) per gate."""
         sizes = {"gates": self.gates, "width": self.channels, "dims": self.dims}
         if self.mix is None:
             return dense_gates(x, h, self.weight, self.bias, **sizes)
@@ -104,7 +116,7 @@ class ConvRNNCell(nn.Module):
 
     def forward(self, x: Tensor, state: State | None = None) -> State:
         """One step. x: (N, C, H, W); state: `(H',)` or None for zeros. Returns `(H,)`."""
-        return _fast("rnn", x, state, self.gates) or rnn(x, state, self.gates)
+        return _step("rnn", x, state, self.gates)
 
 
 class ConvGRUCell(nn.Module):
@@ -132,7 +144,7 @@ class ConvGRUCell(nn.Module):
 
     def forward(self, x: Tensor, state: State | None = None) -> State:
         """One step. x: (N, C, H, W); state: `(H',)` or None for zeros. Returns `(H,)`."""
-        return _fast("gru", x, state, self.gates, self.candidate) or gru(x, state, self.gates, self.candidate)
+        return _step("gru", x, state, self.gates, self.candidate)
 
 
 class ConvLSTMCell(nn.Module):
@@ -161,15 +173,36 @@ class ConvLSTMCell(nn.Module):
 
     def forward(self, x: Tensor, state: State | None = None) -> State:
         """One step. x: (N, C, H, W); state: `(H', C')` or None for zeros. Returns `(H, C)`."""
-        return _fast("lstm", x, state, self.gates) or lstm(x, state, self.gates)
+        return _step("lstm", x, state, self.gates)
 
 
-def _fast(name: str, x: Tensor, state: State | None, *convs: GateConv) -> State | None:
-    """The step by a fast kernel, or None where only the readable form will do."""
-    weights = tuple((conv.mix, conv.weight, conv.bias) for conv in convs if conv.mix is not None)
-    if len(weights) < len(convs) or not all(kernels.untouched(conv, GateConv) for conv in convs):
-        return None
-    return kernels.step(name, x, state, weights)
+def _step(name: str, x: Tensor, state: State | None, *convs: GateConv) -> State:
+    """One step of a cell. Each gate convolution is called, the first one with a step that calls the next one."""
+    if not all(_takes_steps(conv) for conv in convs):
+        return getattr(equations, name)(x, state, *convs)  # type: ignore[no-any-return]
+    h, *rest = state or (None,)
+
+    def run(at: int, x: Tensor, h: Tensor | None) -> State:
+        if at < len(convs):
+            return convs[at](x, h, partial(run, at + 1))  # type: ignore[no-any-return]
+        return _in_one(name, x, None if h is None else (h, *rest), convs)
+
+    return run(0, x, h)
+
+
+def _in_one(name: str, x: Tensor, state: State | None, convs: tuple[GateConv, ...]) -> State:
+    """The step by the kernel that fits, or by the equations."""
+    weights: Any = tuple((conv.mix, conv.weight, conv.bias) for conv in convs)
+    fast = kernels.step(name, x, state, weights)
+    if fast is not None:
+        return fast
+    return getattr(equations, name)(x, state, *(conv.products for conv in convs))  # type: ignore[no-any-return]
+
+
+def _takes_steps(conv: nn.Module) -> bool:
+    """Whether a gate convolution may be asked for more than its gates."""
+    own = type(conv).forward is GateConv.forward and "forward" not in conv.__dict__
+    return own and conv.mix is not None and not _compat.is_watched(conv)
 
 
 CELLS = {"rnn": ConvRNNCell, "gru": ConvGRUCell, "lstm": ConvLSTMCell}

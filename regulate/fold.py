@@ -11,7 +11,8 @@ from ._compat import BatchNorm
 from .errors import UnsupportedModelError
 from .fusion import CONV, Fusion
 from .guard import check_regulated, regulators, unwrapped
-from .scale import ScaleShift, scale_and_shift
+from .layers import ScaleReLU
+from .scale import scale_and_shift
 
 
 def optimize_for_inference(model: nn.Module) -> nn.Module:
@@ -62,7 +63,7 @@ def _fold(fusion: Fusion) -> None:
     fusion.folded = True
     scaled = _scaling(fusion.hidden_norm)
     if scaled is not None:
-        fusion.hidden_norm = ScaleShift(*scaled)
+        fusion.hidden_norm = ScaleReLU(*scaled)
     weight = fusion.mix.weight.clone()
     bias = weight.new_zeros(len(weight))
     scaled = _scaling(fusion.mix_norm)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import kernels
+from . import _compat, kernels
 from .equations import State
+from .layers import BatchNormReLU2d, Mix2d, ScaleReLU
 
 _BATCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONV: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: Mix2d, 3: nn.Conv3d}
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,16 @@ class Norm:
     momentum: float | None = 0.1
     groups: int = 32
 
-    def build(self, channels: int, dims: int) -> nn.Module:
-        """A fresh norm for maps of `channels` channels and `dims` spatial axes."""
+    def build(self, channels: int, dims: int, rectified: bool = False) -> nn.Module:
+        """A fresh norm for maps of `channels` channels and `dims` spatial axes.
+
+        Args:
+            channels: C.
+            dims: number of spatial axes.
+            rectified: a ReLU follows; a batch norm of images then does that as well.
+        """
+        if self.kind == "batch" and dims == 2 and rectified:
+            return BatchNormReLU2d(channels, eps=self.eps, momentum=self.momentum)
         if self.kind == "batch":
             return _BATCH[dims](channels, eps=self.eps, momentum=self.momentum)
         if self.kind == "group":
@@ -78,9 +87,10 @@ class Fusion(nn.Module):
         super().__init__()
         if cell is not None:
             self.cell = cell
-        self.hidden_norm = norm.build(read, dims)
+        rectified = activation == "relu" and not skip
+        self.hidden_norm = norm.build(read, dims, rectified=True)
         self.mix = CONV[dims](write + read, write, 1, bias=False)
-        self.mix_norm = norm.build(write, dims) if normalise else nn.Identity()
+        self.mix_norm = norm.build(write, dims, rectified) if normalise else nn.Identity()
         self.skip, self.activation = skip, activation
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -94,20 +104,27 @@ class Fusion(nn.Module):
             The fused map, (N, M, H, W), and the state for the next block, its first element the
             normalised and rectified H; the rest travels raw.
         """
-        h = kernels.norm_relu(self.hidden_norm, state[0])
-        fused = self._mixed(x, h)
+        whole = self._in_one(x, state[0])
+        if whole is not None:
+            return whole[0], (whole[1], *state[1:])
+        h = _rectified(self.hidden_norm, state[0])
+        # Any other module in the convolution's place takes one map.
+        fused = self.mix(x, h) if isinstance(self.mix, Mix2d) else self.mix(torch.cat([x, h], 1))
         if self.activation == "relu" and not self.skip:
-            return kernels.norm_relu(self.mix_norm, fused), (h, *state[1:])
+            return _rectified(self.mix_norm, fused), (h, *state[1:])
         fused = self.mix_norm(fused)
         return self._activate(x + fused if self.skip else fused), (h, *state[1:])
 
-    def _mixed(self, x: Tensor, h: Tensor) -> Tensor:
-        if kernels.untouched(self.mix, nn.Conv2d):
-            fast = kernels.mixed(x, h, self.mix.weight, self.mix.bias)
-            if fast is not None:
-                return fast
-        fused: Tensor = self.mix(kernels.joined(x, h))
-        return kernels.laid_out_as(x, fused)
+    def _in_one(self, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The fused map and h in one step, if its layers are ours and nobody is to see them called, or None."""
+        norm, mix, last = self.hidden_norm, self.mix, self.mix_norm
+        if type(norm) is not BatchNormReLU2d or type(mix) is not Mix2d or type(last) is not BatchNormReLU2d:
+            return None
+        if torch.compiler.is_compiling() or any(
+            "forward" in m.__dict__ or _compat.has_hooks(m) for m in (norm, mix, last)
+        ):
+            return None
+        return kernels.fuse(x, hidden, norm, mix, last)
 
     def _activate(self, x: Tensor) -> Tensor:
         if self.activation == "relu":
@@ -119,3 +136,9 @@ class Fusion(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"skip={self.skip}, activation={self.activation!r}"
+
+
+def _rectified(norm: nn.Module, x: Tensor) -> Tensor:
+    """`ReLU(norm(x))`; a norm that another tool has put in the place of ours does not rectify."""
+    y: Tensor = norm(x)
+    return y if isinstance(norm, BatchNormReLU2d | ScaleReLU) else F.relu(y)

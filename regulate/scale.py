@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._compat import BatchNorm
 
@@ -25,25 +25,3 @@ def scale_and_shift(norm: BatchNorm) -> tuple[Tensor, Tensor]:
     scale = scale_of(norm.running_var, gain, norm.eps)
     shift = -norm.running_mean * scale
     return scale, shift + norm.bias if norm.affine else shift
-
-
-class ScaleShift(nn.Module):
-    """`x * scale + shift`, channel by channel.
-
-    Args:
-        scale: (C,).
-        shift: (C,).
-    """
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, scale: Tensor, shift: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("scale", scale)
-        self.register_buffer("shift", shift)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W), or any number of axes behind C, to the same."""
-        ones = (1,) * (x.dim() - 2)
-        return x * self.scale.view(-1, *ones) + self.shift.view(-1, *ones)

@@ -11,7 +11,7 @@ from torch import nn
 
 from regulate import kernels
 from regulate.fusion import Fusion, Norm
-from regulate.scale import ScaleShift
+from regulate.layers import BatchNormReLU2d, ScaleReLU
 
 from .helpers import Watch
 
@@ -20,7 +20,7 @@ SHAPES = ((3, 5, 7, 6), (9, 33, 1, 1), (4, 17, 5, 9), (2, 20, 90, 61))
 
 
 def norm(channels, **options):
-    made = nn.BatchNorm2d(channels, **options)
+    made = BatchNormReLU2d(channels, **options)
     with torch.no_grad():
         made.weight.uniform_(-1, 2)
         made.bias.normal_()
@@ -42,7 +42,7 @@ def test_norm_and_relu_in_training(options, layout):
         x = images(shape, layout)
         wide = x.detach().double().requires_grad_()
         for _ in range(2):
-            y, expected = kernels.norm_relu(ours, x), F.relu(theirs(wide))
+            y, expected = ours(x), theirs(wide)
             assert torch.allclose(y.double(), expected, atol=1e-5)
             assert type(y.grad_fn).__name__ == "_NormReLUBackward"
         weight = torch.randn(shape) * (expected > 1e-4)  # where rounding cannot move it across zero
@@ -59,18 +59,20 @@ def test_norm_and_relu_in_eval_mode(layout):
     for shape in SHAPES:
         x, part = images(shape, layout), norm(shape[1]).eval()
         with torch.no_grad():
-            y = kernels.norm_relu(part, x)
-            assert torch.allclose(y, F.relu(part(x)), atol=1e-5)
-            assert y.stride() == x.stride()
-            folded = ScaleShift(torch.rand(shape[1]), torch.randn(shape[1]))
-            assert torch.allclose(kernels.norm_relu(folded, x), F.relu(folded(x)), atol=1e-5)
+            folded = ScaleReLU(torch.rand(shape[1]), torch.randn(shape[1]))
+            for one in (part, folded):
+                with kernels.use("reference"):
+                    expected = one(x)
+                y = one(x)
+                assert torch.allclose(y, expected, atol=1e-5)
+                assert y.stride() == x.stride()
 
 
 def test_gradients_of_gradients_of_the_norm():
     def penalty(form):
         with kernels.use(form):
             # Twice, so that what it is applied to depends on its weights: nothing may be counted twice.
-            y = kernels.norm_relu(part, kernels.norm_relu(part, x))
+            y = part(part(x))
             grads = torch.autograd.grad(y.square().sum(), [x, part.weight, part.bias], create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in grads), [x, part.weight, part.bias])
 
@@ -83,8 +85,8 @@ def test_moments_keep_their_digits():
     """A mean a thousand times the deviation: E[x^2] - E[x]^2 would have nothing left."""
     for layout in LAYOUTS:
         x = (torch.randn(6, 18, 70, 70) + 1000).to(memory_format=layout)
-        part = nn.BatchNorm2d(18, momentum=1.0)
-        kernels.norm_relu(part, x)
+        part = BatchNormReLU2d(18, momentum=1.0)
+        part(x)
         wide = x.double()
         assert torch.allclose(part.running_mean.double(), wide.mean((0, 2, 3)), rtol=1e-7)
         assert torch.allclose(part.running_var.double(), wide.var((0, 2, 3)), rtol=1e-5)
@@ -94,26 +96,14 @@ def test_nan_comes_through():
     x = torch.randn(2, 3, 4, 4)
     x[0, 1, 2, 2] = float("nan")
     part = norm(3)
-    assert kernels.norm_relu(part, x)[:, 1].isnan().all()
+    assert part(x)[:, 1].isnan().all()
     with torch.no_grad():
-        assert kernels.norm_relu(part.eval(), torch.full((1, 3, 2, 2), float("nan"))).isnan().all()
-
-
-def test_norms_that_are_not_plain_run_themselves():
-    class Louder(nn.BatchNorm2d):
-        def forward(self, x):
-            return 10 * super().forward(x)
-
-    x = torch.randn(2, 3, 4, 4)
-    hooked = norm(3)
-    hooked.register_forward_hook(lambda module, args, out: out + 5)
-    for part in (Louder(3), hooked, nn.GroupNorm(1, 3), nn.Identity(), norm(3).eval().requires_grad_(False)):
-        assert torch.equal(kernels.norm_relu(copy.deepcopy(part), x), F.relu(copy.deepcopy(part)(x)))
+        assert part.eval()(torch.full((1, 3, 2, 2), float("nan"))).isnan().all()
 
 
 def test_a_single_value_is_torchs_error():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
-        kernels.norm_relu(norm(3), torch.randn(1, 3, 1, 1))
+        norm(3)(torch.randn(1, 3, 1, 1))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "last"])
@@ -133,7 +123,7 @@ def test_gradients_of_gradients_of_the_mix():
         with kernels.use(form):
             # h is made of the weight as well: nothing may be counted twice.
             h = fusion.mix.weight.sum() * x
-            grads = torch.autograd.grad(fusion._mixed(x, h).sin().sum(), [x, fusion.mix.weight], create_graph=True)
+            grads = torch.autograd.grad(fusion.mix(x, h).sin().sum(), [x, fusion.mix.weight], create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in grads), [x, fusion.mix.weight])
 
     for layout in LAYOUTS:
@@ -170,24 +160,129 @@ def test_what_the_library_cannot_read_goes_to_torch():
         strided.weight = nn.Parameter(torch.rand(6)[::2])
         strided.running_var = torch.rand(6)[::2]
         with torch.no_grad():
-            expected = F.relu(copy.deepcopy(strided)(x))
-            assert torch.allclose(kernels.norm_relu(strided, x), expected, atol=1e-5)
+            with kernels.use("reference"):
+                expected = copy.deepcopy(strided)(x)
+            assert torch.allclose(strided(x), expected, atol=1e-5)
         narrow.running_mean = narrow.running_mean.double()
         with torch.no_grad(), pytest.raises(RuntimeError, match="type"):
-            kernels.norm_relu(narrow, x)
-    short = ScaleShift(torch.ones(3), torch.ones(1))
-    assert torch.equal(kernels.norm_relu(short, x), F.relu(short(x)))
+            narrow(x)
+    with torch.no_grad():
+        assert torch.equal(ScaleReLU(torch.ones(3), torch.ones(1))(x), (x + 1).relu())
 
 
-def test_a_changed_mix_runs_itself():
-    class Louder(nn.Conv2d):
-        def forward(self, x):
-            return 10 * super().forward(x)
+FUSED = (
+    (3, 5, 4, 7, 6),
+    (9, 33, 31, 1, 1),
+    (70, 16, 16, 8, 8),
+    (2, 20, 12, 30, 21),
+    (17, 3, 2, 7, 7),
+    (40, 64, 64, 4, 4),
+)
 
-    x, h = torch.randn(2, 4, 5, 5), torch.randn(2, 3, 5, 5)
-    fusion = Fusion(3, 4, Norm("none"), normalise=False, activation="none").eval()
-    plain, _ = fusion(x, (h,))
-    louder = Louder(7, 4, 1, bias=False)
-    louder.load_state_dict(fusion.mix.state_dict())
-    fusion.mix = louder
-    assert torch.allclose(fusion(x, (h,))[0], 10 * plain, atol=1e-5)
+
+def block(write, read, **options):
+    made = Fusion(read, write, Norm("batch", **options))
+    with torch.no_grad():
+        for part in (made.hidden_norm, made.mix_norm):
+            nn.init.normal_(part.weight)
+            nn.init.normal_(part.bias)
+    return made
+
+
+@pytest.mark.parametrize("shape", FUSED, ids=str)
+@pytest.mark.parametrize("options", [{}, {"momentum": None, "eps": 0.1}], ids=str)
+def test_a_block_in_training_is_one_node(shape, options):
+    n, m, r, *size = shape
+    ours = block(m, r, **options)
+    theirs = copy.deepcopy(ours).double()
+    x, h = images((n, m, *size), torch.contiguous_format), images((n, r, *size), torch.contiguous_format, -1.0)
+    wide = [t.detach().double().requires_grad_() for t in (x, h)]
+    for _ in range(2):
+        (y, (hidden,)), (expected, (expected_h,)) = ours(x, (h,)), theirs(wide[0], (wide[1],))
+    assert {type(t.grad_fn).__name__ for t in (y, hidden)} == {"_FuseBackward"}
+    assert torch.allclose(y.double(), expected, atol=1e-4)
+    assert torch.allclose(hidden.double(), expected_h, atol=1e-5)
+    # Where rounding cannot move a value across zero.
+    dy, dh = torch.randn(y.shape) * (expected > 1e-3), torch.randn(h.shape) * (expected_h > 1e-4)
+    for outs, wanted, given in (
+        (2, (expected, expected_h), (dy, dh)),
+        (1, (expected,), (dy,)),
+        (0, (expected_h,), (dh,)),
+    ):
+        found = torch.autograd.grad(
+            ([hidden], [y], [y, hidden])[outs], [x, h, *ours.parameters()], given, retain_graph=True, allow_unused=True
+        )
+        right = torch.autograd.grad(
+            wanted, [*wide, *theirs.parameters()], [g.double() for g in given], retain_graph=True, allow_unused=True
+        )
+        for a, b in zip(found, right, strict=True):
+            b = torch.zeros_like(a).double() if b is None else b
+            assert torch.allclose(a.double(), b, atol=1e-4 * (b.abs().max().item() + 1))
+    for (key, a), (_, b) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
+        assert torch.allclose(a.double(), b.double(), atol=1e-5), key
+
+
+def test_gradients_of_gradients_of_a_block():
+    def penalty(form):
+        with kernels.use(form):
+            # Twice, so that what it is applied to depends on its weights: nothing may be counted twice.
+            y, (hidden,) = part(*(lambda y, state: (y, state))(*part(x, (h,))))
+            grads = torch.autograd.grad(y.square().sum() + hidden.sum(), [x, h, *part.parameters()], create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), [x, h, *part.parameters()])
+
+    part, x, h = (
+        block(4, 3),
+        images((3, 4, 4, 6), torch.contiguous_format),
+        images((3, 3, 4, 6), torch.contiguous_format),
+    )
+    for a, b in zip(penalty("native"), penalty("reference"), strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
+def test_a_block_does_not_depend_on_threads_and_keeps_its_digits():
+    part, x, h = block(6, 5), torch.randn(9, 6, 9, 9) + 1000, torch.randn(9, 5, 9, 9)
+    with torch.no_grad():
+        nn.init.dirac_(part.mix.weight)
+    part.mix_norm.momentum = 1.0
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            y, _ = part(x, (h,))
+            found.append([y, *torch.autograd.grad(y.square().sum(), part.parameters())])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert torch.allclose(part.mix_norm.running_var.double(), x.double().var((0, 2, 3)), rtol=1e-4)
+
+
+def test_nan_is_where_torch_has_it_in_a_block():
+    x, h = torch.randn(5, 3, 4, 4), torch.randn(5, 3, 4, 4)
+    for spoilt in (x, h):
+        x_, h_ = x.clone(), h.clone()
+        (x_ if spoilt is x else h_)[1, 2, 3, 3] = float("nan")
+        found = []
+        for form in ("native", "reference"):
+            part = block(3, 3)
+            with kernels.use(form):
+                y, (hidden,) = part(x_, (h_,))
+            assert (type(y.grad_fn).__name__ == "_FuseBackward") == (form == "native")
+            found.append([y.isnan(), hidden.isnan()])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        assert found[0][0].any()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda part, x, h: (part.eval(), x, h),
+        lambda part, x, h: (part, x.to(memory_format=torch.channels_last), h),
+        lambda part, x, h: (part, x.double(), h.double()),
+        lambda part, x, h: (part.requires_grad_(False).mix_norm.eval() and part, x, h),
+    ],
+    ids=["eval", "last", "double", "one norm in eval mode"],
+)
+def test_a_block_that_the_node_does_not_compute_goes_layer_by_layer(change):
+    part, x, h = change(block(4, 3), torch.randn(2, 4, 5, 6, requires_grad=True), torch.randn(2, 3, 5, 6))
+    y, _ = part.to(x.dtype)(x, (h,))
+    assert type(y.grad_fn).__name__ != "_FuseBackward"

@@ -12,24 +12,25 @@ process is the environment variable REGULATE_KERNELS, one for a while and for th
 """
 
 from .choose import CHOICES, setting, use
+from .fuse import fuse
 from .library import instruction_set, origin
 from .library import why_not as why_no_native
 from .mixing import joined, laid_out_as, mixed
-from .norm import norm_relu
+from .norm import norm_relu, scale_relu
 from .step import step
-from .untouched import untouched
 
 __all__ = [
     "CHOICES",
+    "fuse",
     "instruction_set",
     "joined",
     "laid_out_as",
     "mixed",
     "norm_relu",
     "origin",
+    "scale_relu",
     "setting",
     "step",
-    "untouched",
     "use",
     "why_no_native",
 ]

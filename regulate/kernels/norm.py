@@ -8,37 +8,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..scale import ScaleShift, scale_and_shift
+from ..scale import scale_and_shift
 from .choose import native_here
 from .library import call, channels_last, chunks
-from .untouched import untouched
 
 
-def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
-    """`F.relu(norm(x))`, by the native kernel where it is the same: a plain BatchNorm2d of float32 on the CPU.
+def norm_relu(norm: nn.BatchNorm2d, x: Tensor) -> Tensor | None:
+    """`ReLU(norm(x))` in one pass, or None where torch's operators are to do it.
+
+    In one pass: plain float32 on the CPU, in training, or in eval mode without gradients.
 
     Args:
-        norm: any norm; of a batch norm in training the running statistics move, as in its own forward.
+        norm: a batch norm; in training its running statistics move, as in its own forward.
         x: (N, C, H, W).
 
     Returns:
         A new tensor of x's shape.
     """
-    if isinstance(norm, ScaleShift) and untouched(norm, ScaleShift) and _native(x, norm.scale, norm.shift):
-        return _scaled(_dense(x), norm.scale, norm.shift)
-    if isinstance(norm, nn.BatchNorm2d) and norm.affine and untouched(norm, nn.BatchNorm2d):
-        mean, variance = norm.running_mean, norm.running_var
-        moments = () if mean is None or variance is None else (mean, variance)
-        if norm.training or not moments:
-            # torch's norm says what is wrong with a single value.
-            if _native(x, norm.weight, norm.bias, *moments) and x.numel() > x.shape[1]:
-                return _in_training(norm, _dense(x))
-        elif not torch.is_grad_enabled() and _native(x, norm.weight, norm.bias, *moments):
-            return _scaled(_dense(x), *scale_and_shift(norm))
-    return F.relu(norm(x))
+    mean, variance = norm.running_mean, norm.running_var
+    moments = () if mean is None or variance is None else (mean, variance)
+    trains = norm.training or not moments
+    if not norm.affine or (not trains and torch.is_grad_enabled()):
+        return None
+    if not readable(x, norm.weight, norm.bias, *moments):
+        return None
+    if not trains:
+        return _scaled(_dense(x), *scale_and_shift(norm))
+    # torch's norm says what is wrong with a single value.
+    return _in_training(norm, _dense(x)) if x.numel() > x.shape[1] else None
 
 
-def _native(x: Tensor, *values: Tensor) -> bool:
+def scale_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor | None:
+    """`ReLU(x * scale + shift)` per channel, both (C,), without gradients; or None where torch's operators do it."""
+    return _scaled(_dense(x), scale, shift) if readable(x, scale, shift) else None
+
+
+def readable(x: Tensor, *values: Tensor) -> bool:
     """Whether these are what the library reads: it sees addresses, no types, no shapes and no strides."""
     return (
         native_here(x, *values) and x.dim() == 4 and all(v.shape == x.shape[1:2] and v.is_contiguous() for v in values)
@@ -51,6 +56,12 @@ def _dense(x: Tensor) -> Tensor:
 
 def _in_training(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     y, stats = _NormReLU.apply(x, norm.weight, norm.bias, norm.eps)  # type: ignore[no-untyped-call]
+    move(norm, stats)
+    return y  # type: ignore[no-any-return]
+
+
+def move(norm: nn.BatchNorm2d, stats: Tensor) -> None:
+    """Move the running statistics of a norm in training towards those of a batch, (3, C) as `_NormReLU` has them."""
     if norm.training and norm.running_mean is not None and norm.running_var is not None:
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
@@ -58,7 +69,6 @@ def _in_training(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
         factor = 1.0 / float(norm.num_batches_tracked or 0) if norm.momentum is None else norm.momentum
         norm.running_mean.lerp_(stats[0], factor)
         norm.running_var.lerp_(stats[2], factor)
-    return y  # type: ignore[no-any-return]
 
 
 class _NormReLU(torch.autograd.Function):
