@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from . import _compat, equations, kernels
 from .equations import State, dense_gates, light_gates
 
-
 Step = Callable[[Tensor, Tensor | None], State]
 
 
