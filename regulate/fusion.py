@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from .equations import State
 from .layers import BatchNormReLU2d, Mix2d, ScaleReLU
 
 _BATCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-CONV: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: Mix2d, 3: nn.Conv3d}
+CONV = {1: nn.Conv1d, 2: Mix2d, 3: nn.Conv3d}
 
 
 @dataclass(frozen=True)
