@@ -133,7 +133,7 @@ struct Moments {
     const float* own = memory.get() + 2 * r * LANES;
     double mean = 0, deviation = 0, count = 0;
     for (int lane = 0; lane < LANES; ++lane) {
-      if (seen[lane] == 0) continue;
+      if ((int)seen[lane] == 0) continue;
       const double apart = own[lane] - mean, all = count + seen[lane];
       deviation += own[LANES + lane] + apart * apart * count * seen[lane] / all;
       mean += apart * seen[lane] / all;
