@@ -66,6 +66,7 @@ INLINE vec kept(vec v) {
 
 // v where the mask's bits are set, else zero, NaN and infinity included: a product with zero would keep them.
 INLINE vec masked(vec v, vec mask) { return (vec)((ivec)v & (ivec)mask); }
+INLINE vec masked(vec v, const float* mask) { return masked(v, load(mask)); }
 
 INLINE float total(vec v) {
   float sums[LANES];
