@@ -50,6 +50,8 @@ _HOOK_OPTIONS = (
     "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs",
 )
+# Where `nn.Module.compile` keeps the compiled call; torch's copies leave it out.
+COMPILED_CALL = "_compiled_call_impl"
 _HOOKS_EVERYWHERE = tuple(f"_global{name}" for name in _HOOKS)
 _modules: Any = _symbol("nn.modules.module")
 # How torch.fx begins the names of constants that it puts on the module that it traces.
@@ -177,12 +179,6 @@ def forward_mode_is_active() -> bool:
 def is_watched(module: nn.Module) -> bool:
     """Check whether hooks of a module's own see what it puts out. Without the symbols: yes."""
     return any(getattr(module, name, True) for name in _HOOKS_ON_OUTPUT)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Check whether calling a module runs hooks, its own or those of all modules. Without the symbols: yes."""
-    own = any(getattr(module, name, True) for name in _HOOKS)
-    return own or any(getattr(_modules, name, True) for name in _HOOKS_EVERYWHERE)
 
 
 def drop_hooks(module: nn.Module) -> bool:

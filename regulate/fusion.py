@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _compat, kernels
 from .equations import State
 from .layers import BatchNormReLU2d, Mix2d, ScaleReLU
 
@@ -105,9 +104,6 @@ class Fusion(nn.Module):
             The fused map, (N, M, H, W), and the state for the next block, its first element the
             normalised and rectified H; the rest travels raw.
         """
-        whole = self._in_one(x, state[0])
-        if whole is not None:
-            return whole[0], (whole[1], *state[1:])
         h = _rectified(self.hidden_norm, state[0])
         # Any other module in the convolution's place takes one map.
         fused = self.mix(x, h) if isinstance(self.mix, Mix2d) else self.mix(torch.cat([x, h], 1))
@@ -115,17 +111,6 @@ class Fusion(nn.Module):
             return _rectified(self.mix_norm, fused), (h, *state[1:])
         fused = self.mix_norm(fused)
         return self._activate(x + fused if self.skip else fused), (h, *state[1:])
-
-    def _in_one(self, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The fused map and h in one step, if its layers are ours and nobody is to see them called, or None."""
-        norm, mix, last = self.hidden_norm, self.mix, self.mix_norm
-        if type(norm) is not BatchNormReLU2d or type(mix) is not Mix2d or type(last) is not BatchNormReLU2d:
-            return None
-        if torch.compiler.is_compiling() or any(
-            "forward" in m.__dict__ or _compat.has_hooks(m) for m in (norm, mix, last)
-        ):
-            return None
-        return kernels.fuse(x, hidden, norm, mix, last)
 
     def _activate(self, x: Tensor) -> Tensor:
         if self.activation == "relu":

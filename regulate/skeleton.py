@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ._compat import drop_hooks, tree_leaves
+from ._compat import COMPILED_CALL, drop_hooks, tree_leaves
 from .errors import UnsupportedModelError, first_line
 from .modes import fixed_random_state
 
@@ -95,7 +95,8 @@ def _check_functions(model: nn.Module) -> None:
     held = {id(module) for module in model.modules()}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            cells = (value.__closure__ or ()) if isinstance(value, FunctionType) else ()
+            kept = isinstance(value, FunctionType) and name != COMPILED_CALL
+            cells = (value.__closure__ or ()) if kept else ()
             for inner in (cell.cell_contents for cell in cells if cell != CellType()):
                 if id(getattr(inner, "__self__", inner)) in held:
                     raise UnsupportedModelError(

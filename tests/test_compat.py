@@ -43,7 +43,7 @@ SYMBOLS = [
     (nn.modules, "batchnorm", "_BatchNorm", None),
     (nn.modules, "batchnorm", "_NormBase", None),
     (nn.modules, "conv", "_ConvNd", None),
-    *((nn.modules, "module", name, "has_hooks") for name in _compat._HOOKS_EVERYWHERE),
+    *((nn.modules, "module", name, None) for name in _compat._HOOKS_EVERYWHERE),
 ]
 each_symbol = pytest.mark.parametrize(("owner", "part", "name", "question"), SYMBOLS, ids=[one[2] for one in SYMBOLS])
 # What compiled code asks.
@@ -128,10 +128,9 @@ def alike(found, expected):
 
 @each_symbol
 def test_a_network_runs_without_a_symbol(owner, part, name, question, lacking, expected):
-    asked = [nn.Identity()] if question == "has_hooks" else []
-    assert question is None or getattr(_compat, question)(*asked) is False
+    assert question is None or getattr(_compat, question)() is False
     lacking(owner, part, name)
-    assert question is None or getattr(_compat, question)(*asked) is True
+    assert question is None or getattr(_compat, question)() is True
     plain = network()
     model = regulate.regulate(plain)
     with torch.no_grad():
@@ -246,5 +245,6 @@ def test_timm_without_its_writer_of_configurations(monkeypatch, tmp_path):
 
 def test_a_module_that_keeps_its_hooks_elsewhere():
     assert all(
-        _compat.has_hooks(SimpleNamespace(**dict.fromkeys(set(_compat._HOOKS) - {name}))) for name in _compat._HOOKS
+        _compat.is_watched(SimpleNamespace(**dict.fromkeys(set(_compat._HOOKS_ON_OUTPUT) - {name})))
+        for name in _compat._HOOKS_ON_OUTPUT
     )

@@ -60,20 +60,24 @@ def test_no_cell_and_no_fusion_runs_and_hooks_of_blocks_do():
     assert ran == ["block"]
 
 
+def alike(a, b):
+    return bool((a - b).abs().max() < 1e-5 * b.abs().max())
+
+
 @pytest.mark.use("save, load, switch", "with disabled(model): under torch.compile, without a break in the graph")
 def test_under_torch_compile():
     model = network("torchvision/resnet18")
     regulated = stirred(model)
     counter = CompileCounter()
     compiled = torch.compile(regulated, fullgraph=True, backend=counter)
-    # Compiled code leaves the norms to the compiler: without kernels both compute the same to the bit.
+    # Compiled code lays the fusion's map out as the compiler likes it: the same to rounding, but for the original.
     with torch.no_grad(), kernels.use("reference"):
         on, off = regulated(X), model(X)
-        assert torch.equal(compiled(X), on)
+        assert alike(compiled(X), on)
         for switched in (regulated, compiled):
             with disabled(switched):
                 assert torch.equal(compiled(X), off)
-            assert torch.equal(compiled(X), on)
+            assert alike(compiled(X), on)
         assert counter.frame_count == 2, "once with regulators and once without"
 
 
@@ -89,7 +93,9 @@ def test_inside_of_a_compiled_function():
         return without, regulated(x)
 
     with torch.no_grad(), kernels.use("reference"):
-        assert all(torch.equal(a, b) for a, b in zip(both(X), (model(X), regulated(X)), strict=True))
+        without, whole = both(X)
+        assert torch.equal(without, model(X))
+        assert alike(whole, regulated(X))
 
 
 def test_other_threads_and_other_models_go_on():

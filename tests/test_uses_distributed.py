@@ -62,7 +62,7 @@ def test_fsdp_by_block(name):
 @use("distributed", "SyncBatchNorm.convert_sync_batchnorm: every norm, the new ones too", TIMM)
 def test_sync_batch_norm(name):
     model = regulated(name)
-    norms = [path for path, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and type(m) is nn.BatchNorm2d]
+    norms = [path for path, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
     keys = list(model.state_dict())
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     assert all(isinstance(converted.get_submodule(path), nn.SyncBatchNorm) for path in norms)

@@ -12,7 +12,6 @@ process is the environment variable REGULATE_KERNELS, one for a while and for th
 """
 
 from .choose import CHOICES, setting, use
-from .fuse import fuse
 from .library import instruction_set, origin
 from .library import why_not as why_no_native
 from .mixing import joined, laid_out_as, mixed
@@ -21,7 +20,6 @@ from .step import step
 
 __all__ = [
     "CHOICES",
-    "fuse",
     "instruction_set",
     "joined",
     "laid_out_as",

@@ -20,8 +20,6 @@ _FUNCTIONS = (
     "regulate_scale_relu",
     "regulate_norm_relu",
     "regulate_norm_relu_backward",
-    "regulate_fuse",
-    "regulate_fuse_backward",
     "regulate_instruction_set",
     "regulate_lanes",
 )
