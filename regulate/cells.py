@@ -181,12 +181,15 @@ def _step(name: str, x: Tensor, state: State | None, *convs: GateConv) -> State:
         return getattr(equations, name)(x, state, *convs)  # type: ignore[no-any-return]
     h, *rest = state or (None,)
 
-    def run(at: int, x: Tensor, h: Tensor | None) -> State:
-        if at < len(convs):
-            return convs[at](x, h, partial(run, at + 1))  # type: ignore[no-any-return]
-        return _in_one(name, x, None if h is None else (h, *rest), convs)
+    return _called(name, convs, rest, 0, x, h)
 
-    return run(0, x, h)
+
+def _called(name: str, convs: tuple[GateConv, ...], rest: list[Tensor], at: int, x: Tensor, h: Tensor | None) -> State:
+    """Call the gate convolutions from one on, each inside of the one before."""
+    if at < len(convs):
+        # Not a function in a function, which would refer to itself and keep the state until it is collected.
+        return convs[at](x, h, partial(_called, name, convs, rest, at + 1))  # type: ignore[no-any-return]
+    return _in_one(name, x, None if h is None else (h, *rest), convs)
 
 
 def _in_one(name: str, x: Tensor, state: State | None, convs: tuple[GateConv, ...]) -> State:
