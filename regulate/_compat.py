@@ -223,8 +223,12 @@ def tree_leaves(tree: Any) -> list[Any]:
     return _tree_leaves(tree) if _tree_leaves is not None else list(_leaves(tree))
 
 
+# No union: before torch 2.8 its compiler knows none.
+_CONTAINERS = (tuple, list, dict)
+
+
 def _leaves(tree: Any) -> Iterator[Any]:
-    if not isinstance(tree, tuple | list | dict):
+    if not isinstance(tree, _CONTAINERS):
         yield tree
         return
     for part in tree.values() if isinstance(tree, dict) else tree:

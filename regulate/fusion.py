@@ -14,6 +14,8 @@ from .layers import BatchNormReLU2d, Mix2d, ScaleReLU
 
 _BATCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 CONV = {1: nn.Conv1d, 2: Mix2d, 3: nn.Conv3d}
+# No union: before torch 2.8 its compiler knows none.
+_RECTIFYING = (BatchNormReLU2d, ScaleReLU)
 
 
 @dataclass(frozen=True)
@@ -127,4 +129,4 @@ class Fusion(nn.Module):
 def _rectified(norm: nn.Module, x: Tensor) -> Tensor:
     """`ReLU(norm(x))`; a norm that another tool has put in the place of ours does not rectify."""
     y: Tensor = norm(x)
-    return y if isinstance(norm, BatchNormReLU2d | ScaleReLU) else F.relu(y)
+    return y if isinstance(norm, _RECTIFYING) else F.relu(y)

@@ -46,6 +46,8 @@ SYMBOLS = [
     *((nn.modules, "module", name, None) for name in _compat._HOOKS_EVERYWHERE),
 ]
 each_symbol = pytest.mark.parametrize(("owner", "part", "name", "question"), SYMBOLS, ids=[one[2] for one in SYMBOLS])
+# Since torch 2.8.
+NEW = ("_top_saved_tensors_default_hooks",)
 # What compiled code asks.
 COMPILED = [one for one in SYMBOLS if one[2] in ("is_tracing", "tree_leaves", "_global_forward_hooks")]
 
@@ -73,6 +75,8 @@ def lacking():
 
     def read(owner, part, name):
         whole = getattr(owner, part)
+        if name in NEW and not hasattr(whole, name):
+            pytest.skip(f"torch {torch.__version__} has no {name} yet, and goes the careful way in every test")
         assert hasattr(whole, name), "torch has it no more, and the careful way is the only one"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(owner, part, Without(whole, name))

@@ -35,6 +35,9 @@ from .disable import is_off
 from .recompute import forget_after_backward, is_repeated, note, noted
 from .record import PLACE, POINTS, RECORD, Point
 
+# No union: before torch 2.8 its compiler knows none.
+_MAPS = (torch.Tensor, fx.Proxy)
+
 
 class Pointed(Part):
     """A module at a read or write point."""
@@ -51,7 +54,7 @@ class Pointed(Part):
 
 def _passed(call: Forward, point: Point, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0] if args else next(iter(kwargs.values()))
-    if not isinstance(x, torch.Tensor | fx.Proxy):
+    if not isinstance(x, _MAPS):
         place = point.place
         raise BlockCallError(
             f"a module at a read or write point is called with its map first, and block {place.index} of "
