@@ -40,8 +40,8 @@ compiled function (around one it works). Before torch 2.14 compiled code cannot 
 one thread take turns, `disabled` in one holds for compiled calls in the others, and a compiled network keeps the
 `kernels.use` that it was compiled with. `tests/test_kernel_choice.py` and `tests/test_compat.py` do not pass whole on
 torch 2.7 and 2.9: compiled cells run written out there, without the kernels, and `torch.compile(fullgraph=True)` of a
-network that is checkpointed by block raises torch's own error. timm before 1.0.31 has dual path blocks that put out pairs, without gradient
-checkpointing.
+network that is checkpointed by block raises torch's own error. timm before 1.0.31 has dual path blocks that put out
+pairs, without gradient checkpointing.
 """
 GROUPS = ("timm", "torchvision", "torch", "distributed", "regulate on wrapped models", "save, load, switch")
 ORDER = (*TIMM, "torchvision/resnet18", "torchvision/resnet50", "torchvision/wide_resnet50_2")
