@@ -1,6 +1,208 @@
 // Batch normalisation and ReLU in one: y = max(0, x * scale + shift) with a scale and a shift per channel.
+//
+// torch reads and writes the map once for each; here it is read once for the moments and once for the result, and
+// the backward sees from x where the ReLU let pass. Tasks are (chunk of the batch, block of channels), each with
+// sums of its own, as in light.cpp.
 
-#include "norm.h"
+#include "vec.h"
+
+#include <cmath>
+
+namespace {
+
+struct Map {
+  int64_t batch, channels, pixels, chunks;
+  bool last;  // channels last
+  Map(const int64_t* sizes, int64_t parts)
+      : batch(sizes[0]), channels(sizes[1]), pixels(sizes[2]), chunks(parts), last(sizes[3] != 0) {}
+  int64_t blocks() const { return last ? (channels + LANES - 1) / LANES : channels; }
+  int64_t start(int64_t chunk) const { return chunk * batch / chunks; }  // its first image
+  double values() const { return (double)batch * pixels; }
+};
+
+struct Job {
+  int64_t chunk, first, wide;  // the first channel, and how many
+  Job(const Map& map, int64_t job) {
+    chunk = job / map.blocks();
+    first = job % map.blocks() * (map.last ? LANES : 1);
+    wide = !map.last ? 1 : map.channels - first < LANES ? map.channels - first : LANES;
+  }
+};
+
+// A part of a task that fits the nearest cache: rows of pixels of one channel, or pixels of a vector of channels.
+struct Piece {
+  int64_t offset, rows, count;
+};
+
+constexpr int64_t RUN = 4096, TILE = 256;
+
+template <class Visit>
+INLINE void pieces(const Map& map, const Job& job, Visit visit) {
+  const int64_t begin = map.start(job.chunk), end = map.start(job.chunk + 1);
+  if (map.last) {
+    for (int64_t p = begin * map.pixels; p < end * map.pixels; p += TILE) {
+      const int64_t left = end * map.pixels - p;
+      visit(Piece{p * map.channels + job.first, 1, left < TILE ? left : TILE});
+    }
+    return;
+  }
+  const int64_t together = map.pixels < RUN ? RUN / map.pixels : 1;  // images, where they are small
+  for (int64_t n = begin; n < end; n += together)
+    for (int64_t p = 0; p < map.pixels; p += RUN) {
+      const int64_t rows = end - n < together ? end - n : together, left = map.pixels - p;
+      visit(Piece{(n * map.channels + job.first) * map.pixels + p, rows, left < RUN ? left : RUN});
+    }
+}
+
+// The vectors of a piece; the last of a row may be narrower. body(offset, how many of its lanes count).
+template <class Body>
+INLINE void vectors(const Map& map, const Job& job, const Piece& piece, Body body) {
+  if (map.last) {
+    for (int64_t i = 0; i < piece.count; ++i) body(piece.offset + i * map.channels, job.wide);
+    return;
+  }
+  for (int64_t row = 0; row < piece.rows; ++row) {
+    const int64_t at = piece.offset + row * map.channels * map.pixels;
+    int64_t i = 0;
+    for (; i + LANES <= piece.count; i += LANES) body(at + i, (int64_t)LANES);
+    if (i < piece.count) body(at + i, piece.count - i);
+  }
+}
+
+INLINE vec part(const float* p, int64_t wide) {
+  if (wide == LANES) return load(p);
+  vec v = vec{};
+  for (int64_t lane = 0; lane < wide; ++lane) v[lane] = p[lane];
+  return v;
+}
+
+INLINE void put(float* p, vec v, int64_t wide) {
+  if (wide == LANES) store(p, v);
+  else for (int64_t lane = 0; lane < wide; ++lane) p[lane] = v[lane];
+}
+
+// A value per channel: the same for all lanes of a vector, or one for each.
+INLINE vec channel(const Map& map, const Job& job, const float* values) {
+  return map.last ? part(values + job.first, job.wide) : broadcast(values[job.first]);
+}
+
+// Adds the lanes (NCHW) or keeps them apart (channels last), in double: pieces are short, maps are not.
+INLINE void add(const Map& map, const Job& job, double* sums, vec v) {
+  if (!map.last) sums[0] += total(v);
+  else for (int64_t lane = 0; lane < job.wide; ++lane) sums[lane] += v[lane];
+}
+
+// Two sums per chunk and channel; no memory if there was none to be had.
+struct Sums {
+  std::unique_ptr<double[]> memory;
+  int64_t chunks, channels;
+  explicit Sums(const Map& map)
+      : memory(new (std::nothrow) double[2 * map.chunks * map.channels]), chunks(map.chunks), channels(map.channels) {}
+  double* row(int which, int64_t chunk) const { return memory.get() + (which * chunks + chunk) * channels; }
+};
+
+// Mean and sum of squared deviations, merged piece by piece (Chan et al. 1979).
+void moments(const Map& map, const Job& job, const float* x, const Sums& sums) {
+  double mean[LANES] = {}, deviation[LANES] = {}, seen = 0;
+  pieces(map, job, [&](const Piece& piece) {
+    const double count = (double)piece.rows * piece.count;
+    double sum[LANES] = {}, square[LANES] = {};
+    vec s = vec{}, q = vec{};
+    vectors(map, job, piece, [&](int64_t at, int64_t wide) { s += part(x + at, wide); });
+    add(map, job, sum, s);
+    vec here = vec{};
+    for (int lane = 0; lane < LANES; ++lane) here[lane] = (float)(sum[map.last ? lane : 0] / count);
+    vectors(map, job, piece, [&](int64_t at, int64_t wide) {
+      vec d = part(x + at, wide) - here;
+      if (!map.last)
+        for (int64_t lane = wide; lane < LANES; ++lane) d[lane] = 0;
+      q += d * d;
+    });
+    add(map, job, square, q);
+    for (int64_t lane = 0; lane < job.wide; ++lane) {
+      // `here` is the rounded mean: what it is off, the sum of squares has too much.
+      const double exact = sum[lane] / count, off = exact - here[lane], apart = exact - mean[lane];
+      deviation[lane] += square[lane] - count * off * off + apart * apart * seen * count / (seen + count);
+      mean[lane] += apart * count / (seen + count);
+    }
+    seen += count;
+  });
+  for (int64_t lane = 0; lane < job.wide; ++lane) {
+    sums.row(0, job.chunk)[job.first + lane] = mean[lane];
+    sums.row(1, job.chunk)[job.first + lane] = deviation[lane];
+  }
+}
+
+// What the rows of `stats` hold, C values each.
+enum { MEAN, INVERSE, UNBIASED };
+
+// Mean, 1 / sqrt(variance + eps) and unbiased variance of a channel, from those of the chunks.
+void merge(const Map& map, const Sums& sums, int64_t c, double eps, float* stats) {
+  double mean = 0, deviation = 0;
+  for (int64_t k = 0; k < map.chunks; ++k) mean += sums.row(0, k)[c] * (map.start(k + 1) - map.start(k)) / map.batch;
+  for (int64_t k = 0; k < map.chunks; ++k) {
+    const double off = sums.row(0, k)[c] - mean;
+    deviation += sums.row(1, k)[c] + off * off * (map.start(k + 1) - map.start(k)) * map.pixels;
+  }
+  stats[MEAN * map.channels + c] = (float)mean;
+  stats[INVERSE * map.channels + c] = (float)(1 / std::sqrt(deviation / map.values() + eps));
+  stats[UNBIASED * map.channels + c] = (float)(deviation / (map.values() - 1));
+}
+
+void scale_relu(const Map& map, const Job& job, const float* x, vec scale, vec shift, float* y) {
+  pieces(map, job, [&](const Piece& piece) {
+    vectors(map, job, piece, [&](int64_t at, int64_t wide) {
+      vec v = scale * part(x + at, wide) + shift;
+      put(y + at, v < 0.0f ? vec{} : v, wide);
+    });
+  });
+}
+
+// What the passes of the backward need of a channel.
+struct Norm {
+  vec mean, inverse, scale, shift;
+  Norm(const Map& map, const Job& job, const float* weight, const float* bias, const float* stats)
+      : mean(channel(map, job, stats + MEAN * map.channels)),
+        inverse(channel(map, job, stats + INVERSE * map.channels)),
+        scale(channel(map, job, weight) * inverse),
+        shift(channel(map, job, bias) - mean * scale) {}
+  vec passed(vec x, vec dy) const { return scale * x + shift <= 0.0f ? vec{} : dy; }
+};
+
+// The sums of d, which is dy where the ReLU let pass, and of d * (x - mean).
+void gradient_sums(const Map& map, const Job& job, const float* x, const float* dy, const Norm& norm,
+                   const Sums& sums) {
+  double of_d[LANES] = {}, of_dx[LANES] = {};
+  pieces(map, job, [&](const Piece& piece) {
+    vec s = vec{}, p = vec{};
+    vectors(map, job, piece, [&](int64_t at, int64_t wide) {
+      vec v = part(x + at, wide), d = norm.passed(v, part(dy + at, wide));
+      s += d;
+      p += d * (v - norm.mean);
+    });
+    add(map, job, of_d, s);
+    add(map, job, of_dx, p);
+  });
+  for (int64_t lane = 0; lane < job.wide; ++lane) {
+    sums.row(0, job.chunk)[job.first + lane] = of_d[lane];
+    sums.row(1, job.chunk)[job.first + lane] = of_dx[lane];
+  }
+}
+
+// dx = scale * (d - mean of d - normalised x * mean of (d * normalised x)).
+void gradient(const Map& map, const Job& job, const float* x, const float* dy, const Norm& norm, const float* dweight,
+              const float* dbias, float* dx) {
+  const vec share = norm.scale * (float)(-1 / map.values());
+  const vec constant = share * channel(map, job, dbias), of_x = share * norm.inverse * channel(map, job, dweight);
+  pieces(map, job, [&](const Piece& piece) {
+    vectors(map, job, piece, [&](int64_t at, int64_t wide) {
+      vec v = part(x + at, wide), d = norm.passed(v, part(dy + at, wide));
+      put(dx + at, norm.scale * d + of_x * (v - norm.mean) + constant, wide);
+    });
+  });
+}
+
+}  // namespace
 
 // sizes: N, C, H * W and whether the maps are channels last, for all three functions.
 
