@@ -18,6 +18,7 @@ from torch.torch_version import TorchVersion
 
 # Whether torch.compile reads context variables, and compiles anew where they have changed.
 COMPILER_READS_CONTEXT: bool = TorchVersion(torch.__version__) >= "2.14"
+_EXPORT_IS_FLAGGED = hasattr(torch.compiler, "_is_exporting_flag")
 
 
 def _symbol(path: str) -> Any:
@@ -161,6 +162,14 @@ def assign(owner: Any, name: str, value: Any) -> None:
     setattr(owner, name, value)
 
 
+def is_exporting() -> bool:
+    """Check whether torch.export traces. Without the symbol, yes as well where torch.compile does, in some versions.
+
+    Not by `torch.compiler.is_exporting()`: the compiler takes that for true, at least up to torch 2.9.
+    """
+    return bool(torch.compiler._is_exporting_flag) if _EXPORT_IS_FLAGGED else torch.compiler.is_exporting()
+
+
 def operators_are_watched() -> bool:
     """Check for a TorchDispatchMode: a FLOP counter, a policy of selective checkpointing. Without the symbol: yes."""
     return _dispatch_modes is None or bool(_dispatch_modes())
@@ -223,7 +232,7 @@ def tree_leaves(tree: Any) -> list[Any]:
     return _tree_leaves(tree) if _tree_leaves is not None else list(_leaves(tree))
 
 
-# No union: before torch 2.8 its compiler knows none.
+# No union: before torch 2.9 its compiler knows none.
 _CONTAINERS = (tuple, list, dict)
 
 

@@ -14,7 +14,7 @@ from .layers import BatchNormReLU2d, Mix2d, ScaleReLU
 
 _BATCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 CONV = {1: nn.Conv1d, 2: Mix2d, 3: nn.Conv3d}
-# No union: before torch 2.8 its compiler knows none.
+# No union: before torch 2.9 its compiler knows none.
 _RECTIFYING = (BatchNormReLU2d, ScaleReLU)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from regulate import kernels
 from regulate.fusion import Fusion, Norm
-from regulate.layers import BatchNormReLU2d, ScaleReLU
+from regulate.layers import BatchNormReLU2d, Mix2d, ScaleReLU
 
 from .helpers import Watch
 
@@ -168,3 +168,20 @@ def test_what_the_library_cannot_read_goes_to_torch():
             narrow(x)
     with torch.no_grad():
         assert torch.equal(ScaleReLU(torch.ones(3), torch.ones(1))(x), (x + 1).relu())
+
+
+def test_a_compiled_concatenation_is_laid_out_as_its_convolution_reads_it():
+    """Inductor runs convolutions in channels last on the CPU, and lays a concatenation out as it was traced."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    mix, x, h = Mix2d(8, 5, 1), torch.randn(2, 5, 4, 6), torch.randn(2, 3, 4, 6)
+    with torch.no_grad():
+        y = torch.compile(mix, backend=backend, fullgraph=True)(x, h)
+        assert torch.allclose(y, mix(x, h), atol=1e-6)
+    assert y.is_contiguous(), "the network's results keep their layout"
+    (joined,) = (node for graph in graphs for node in graph.graph.nodes if node.target is torch.cat)
+    assert joined.meta["example_value"].shape == (2, 4, 6, 8)

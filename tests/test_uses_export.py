@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch.export import Dim
-from torch.torch_version import TorchVersion
 
 from .uses import ONE, X, close, plain, regulated, use
 
@@ -60,7 +59,7 @@ def test_inductor(name):
 
 
 def skip_without_dynamic_sizes(name, strict=False):
-    """torch 2.7 to 2.9 find a condition on a plain ResNet's height."""
+    """torch 2.8 and 2.9 find a condition on a plain ResNet's height."""
     try:
         torch.export.export(plain(name), (X,), dynamic_shapes=(DYNAMIC,), strict=strict)
     except torch._dynamo.exc.UserError:
@@ -105,8 +104,7 @@ def test_onnx(name, tmp_path):
 @use("torch", "torch.jit.trace (TorchScript is deprecated in torch)", SOME)
 def test_jit_trace(name):
     model = regulated(name)
-    # Before torch 2.8 two traces of one network may differ in the order of a tuple, which the check takes for an error.
-    traced = torch.jit.trace(model, X, check_trace=TorchVersion(torch.__version__) >= "2.8")
+    traced = torch.jit.trace(model, X)
     with torch.no_grad():
         assert close(traced(X), model(X))
         assert close(traced(X[:1]), model(X[:1]))

@@ -122,7 +122,7 @@ def choose(cell: str, x: Tensor, state: tuple[Tensor, ...] | None, weights: Sequ
         return None
     compiling = torch.compiler.is_compiling()
     # First what is being traced: its shapes are not to be looked at. What is exported must run without this package.
-    if (torch.compiler.is_exporting() if compiling else _transformed()) or not _fitting(cell, x, state, weights, gates):
+    if (_compat.is_exporting() if compiling else _transformed()) or not _fitting(cell, x, state, weights, gates):
         return None
     device = x.device.type
     mixed = torch.is_autocast_enabled(device) if device in ("cpu", "cuda") else False

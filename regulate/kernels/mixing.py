@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._compat import is_exporting
 from .choose import eager_on_cpu
 
 Maybe = Tensor | None
@@ -54,9 +55,7 @@ def laid_out_as(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _inductor_lays_out(x: Tensor) -> bool:
-    return (
-        torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.dim() == 4 and x.device.type == "cpu"
-    )
+    return torch.compiler.is_compiling() and not is_exporting() and x.dim() == 4 and x.device.type == "cpu"
 
 
 def _format(x: Tensor) -> torch.memory_format | None:

@@ -35,7 +35,7 @@ from .disable import is_off
 from .recompute import forget_after_backward, is_repeated, note, noted
 from .record import PLACE, POINTS, RECORD, Point
 
-# No union: before torch 2.8 its compiler knows none.
+# No union: before torch 2.9 its compiler knows none.
 _MAPS = (torch.Tensor, fx.Proxy)
 
 
