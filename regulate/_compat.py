@@ -130,6 +130,20 @@ def running_node_number() -> int:
     return 0 if number is None else int(number())
 
 
+def in_checkpoint_function() -> bool:
+    """Check whether the node whose backward runs is a reentrant checkpoint's. Without the symbol: no."""
+    node = _autograd_node() if _autograd_node is not None else None
+    return node is not None and node.name().startswith("CheckpointFunction")
+
+
+def saving_hooks() -> Any:
+    """Return what saved tensors pass through now, None if they pass through nothing.
+
+    Without the symbol, something else each time: what would be kept for a second run is kept always.
+    """
+    return object() if _saving_hooks is None else _saving_hooks(True)
+
+
 def saves_through_hooks() -> bool:
     """Check whether saved tensors pass through hooks, as in non-reentrant checkpointing.
 

@@ -57,10 +57,13 @@ def first_line(error: Exception) -> str:
 def located(error: Exception) -> str:
     """The first sentence of an error's message, and where it was raised outside of torch and this package."""
     own = str(Path(__file__).parent)
+    passed = traceback.extract_tb(error.__traceback__)
     frames = [
         frame
-        for frame in traceback.extract_tb(error.__traceback__)
+        for frame in passed
         if not frame.filename.startswith((own, "<")) and "torch" not in Path(frame.filename).parts
     ]
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    if any(Path(frame.filename).parts[-3:] == ("torch", "utils", "checkpoint.py") for frame in passed):
+        return f"a symbol cannot be checkpointed{place}; switch its gradient checkpointing off, and on again afterwards"
     return first_line(error) + place

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.weak import TensorWeakRef
 
-from .._compat import assign, is_tracing, tree_leaves
+from .._compat import assign, is_tracing, saving_hooks, tree_leaves
 from ..errors import BlockCallError
 from ..spans import Spans
 
@@ -122,6 +122,8 @@ class Frame:
         self.state: State | None = state
         self.read: Tensor | None = None
         self.fused = False
+        # What saved tensors pass through, where the block began and where it was read. Other hooks: it checkpoints.
+        self.hooks = self.read_hooks = None if torch.compiler.is_compiling() else saving_hooks()
 
 
 class _Stack(threading.local):
@@ -213,6 +215,8 @@ def pass_read(frame: Frame, x: Any) -> None:
     """Leave the map at the read point in the block's frame."""
     if frame.read is None:
         frame.read = x
+        if not torch.compiler.is_compiling():
+            frame.read_hooks = saving_hooks()
 
 
 def pass_write(frame: Frame, x: Any) -> Any:

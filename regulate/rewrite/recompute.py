@@ -42,14 +42,14 @@ def note(place: Place, memory: Memory, args: Any) -> None:
         return
     storage = _storage(args)
     if storage is not None:
-        state = None if memory.state is None else tuple(_leaf(part) for part in memory.state)
+        state = None if memory.state is None else tuple(map(as_leaf, memory.state))
         values = Memory(memory.chain, memory.cell, state, memory.index, memory.tracked)
         notes = (*getattr(storage, _NOTES, ()), _Note(place, sequence_number(), values))
         setattr(storage, _NOTES, notes[-_KEPT:])
 
 
-def _leaf(part: Tensor) -> Tensor:
-    # The second run saves for its backward what the first one saved only if the same tensors need gradients.
+def as_leaf(part: Tensor) -> Tensor:
+    """Return a tensor for a second run, which saves what the first one did only if the same tensors need gradients."""
     return part.detach().requires_grad_(part.requires_grad)
 
 

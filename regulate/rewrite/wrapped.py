@@ -32,6 +32,7 @@ from .carrier import (
 )
 from .classes import Forward, Part, become, leave
 from .disable import is_off
+from .inside import frame_again, keep
 from .recompute import forget_after_backward, is_repeated, note, noted
 from .record import PLACE, POINTS, RECORD, Point
 
@@ -44,16 +45,20 @@ class Pointed(Part):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Hand the input over at a read point; take the fused map in its place at a write point."""
-        if STACK.top is not None and (args or kwargs):
+        if args or kwargs:
             for point in self.__dict__.get(POINTS, ()):
-                frame = frame_of(point.place)
+                frame = frame_of(point.place) or frame_again(point.place, point.writes, _first(args, kwargs))
                 if frame is not None:
                     return _passed(super().__call__, point, frame, args, kwargs)
         return super().__call__(*args, **kwargs)
 
 
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def _passed(call: Forward, point: Point, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x = args[0] if args else next(iter(kwargs.values()))
+    x = _first(args, kwargs)
     if not isinstance(x, _MAPS):
         place = point.place
         raise BlockCallError(
@@ -65,10 +70,11 @@ def _passed(call: Forward, point: Point, frame: Frame, args: tuple[Any, ...], kw
         pass_read(frame, x)
     if not point.writes:
         return call(*args, **kwargs)
+    entering = frame.state
     fused = pass_write(frame, x)
-    if args:
-        return call(fused, *args[1:], **kwargs)
-    return call(**{**kwargs, next(iter(kwargs)): fused})
+    out = call(fused, *args[1:], **kwargs) if args else call(**{**kwargs, next(iter(kwargs)): fused})
+    keep(frame, entering, out)
+    return out
 
 
 def run_container(self: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
