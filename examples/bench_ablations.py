@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 
-from regulate import RegulatorConfig, bench, kernels, optimize_for_inference, regulate
-from regulate.bench import PLAIN, REGULATED, Setting
+from regulate import RegulatorConfig, kernels, optimize_for_inference, regulate
 from regulate.kernels import build
-from regulate.named import load_model
+from regulate.models.by_name import load_model
+from regulate.tools import bench
+from regulate.tools.bench import PLAIN, REGULATED, Setting
 
 LSTM = RegulatorConfig("lstm")
 NETWORKS = {

@@ -36,10 +36,11 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from regulate import RegulatorConfig, bench, kernels
-from regulate.bench import Setting
-from regulate.cells import CELLS
+from regulate import RegulatorConfig, kernels
 from regulate.kernels import gpu
+from regulate.nn.cells import CELLS
+from regulate.tools import bench
+from regulate.tools.bench import Setting
 
 LSTM = RegulatorConfig("lstm")
 R50 = Setting("resnet50", LSTM, device="cuda", rounds=20)

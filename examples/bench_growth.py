@@ -13,8 +13,8 @@ import statistics
 from dataclasses import replace
 
 from regulate import RegulatorConfig, regulate
-from regulate.bench import PLAIN, REGULATED, Setting, in_turn, step_of
-from regulate.models import cifar_resnet
+from regulate.models.cifar import cifar_resnet
+from regulate.tools.bench import PLAIN, REGULATED, Setting, in_turn, step_of
 
 GROWTH = {
     "depth (steps per stage)": ("depth", (20, 32, 44, 56)),

@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regulate import bench, kernels
+from regulate import kernels
 from regulate.kernels import build, library
+from regulate.tools import bench
 
 STAGES = {
     "ResNet-50": [(8, 64, 56, 56), (8, 128, 28, 28), (8, 256, 14, 14), (8, 512, 7, 7)],

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from torch.profiler import profile
 
 from regulate import RegulatorConfig
-from regulate.bench import Setting, step
+from regulate.tools.bench import Setting, step
 
 
 def spent(run: Callable[[], None], rounds: int) -> Counter[str]:

@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 
 import regulate
-from regulate.bench import resident_peak
-from regulate.named import load_model
+from regulate.models.by_name import load_model
+from regulate.tools.bench import resident_peak
 
 
 def seconds(work: Callable[[], object], runs: int = 5) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from regulate import RegulatorConfig, kernels
-from regulate.bench import Setting, measure
+from regulate.tools.bench import Setting, measure
 
 R50 = Setting("resnet50", RegulatorConfig("lstm"), rounds=6)
 CIFAR = Setting("cifar/20", RegulatorConfig("lstm"), True, 64, 32, rounds=20)

@@ -21,7 +21,7 @@ from experiments.registry import EXPERIMENTS, Experiment, jobs
 from experiments.runner import Folders, run_all
 from experiments.tables import read_runs, renewed, table
 
-from regulate.archive import replaced
+from regulate.checkpoint.archive import replaced
 
 
 def parser() -> argparse.ArgumentParser:

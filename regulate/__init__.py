@@ -5,10 +5,10 @@ splices ConvRNN regulators into its residual blocks (Xu et al., "RegNet: Self-Re
 Classification", arXiv 2101.00590): same class, same weights, same outputs until it is trained.
 """
 
+from . import _moved
 from .api import plan, regulate, regulator_parameters, regulator_state_dict, unregulate
-from .calibrate import calibrate
-from .cells import ConvGRUCell, ConvLSTMCell, ConvRNNCell
-from .checkpoint import load, save
+from .checkpoint.hub import from_pretrained, save_pretrained
+from .checkpoint.save_load import load, save
 from .config import RegulatorConfig
 from .errors import (
     AlreadyRegulatedError,
@@ -21,14 +21,17 @@ from .errors import (
     UnknownStageError,
     UnsupportedModelError,
 )
-from .fold import optimize_for_inference
-from .freeze import freeze_backbone
-from .guard import is_regulated
-from .plan import Block, Plan, Skipped, Stage
-from .pretrained import from_pretrained, save_pretrained
+from .inference import optimize_for_inference
+from .nn.cells import ConvGRUCell, ConvLSTMCell, ConvRNNCell
 from .rewrite.disable import disabled
+from .rewrite.guard import is_regulated
+from .schema.plan import Block, Plan, Skipped, Stage
+from .training.calibration import calibrate
+from .training.freezing import freeze_backbone
 
 __version__ = "0.1.0"
+
+_moved.install()
 
 __all__ = [
     "regulate",

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .analysis.meta_copy import duplicate
+from .analysis.planner import draw
 from .config import RegulatorConfig
-from .freeze import release
-from .guard import check_regulated, regulators, unwrapped
-from .plan import Plan
-from .planner import draw
+from .rewrite.guard import check_regulated, regulators, unwrapped
 from .rewrite.install import check_removable, prepare, uninstall
-from .skeleton import duplicate
+from .schema.plan import Plan
+from .training.freezing import release
 
 Cell = str | Callable[[int], nn.Module]
 

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cells import ConvGRUCell, ConvLSTMCell, GateConv
-from .fit import blocks
-from .fusion import Fusion
-from .guard import check_regulated, regulators, unwrapped
-from .modes import in_mode
+from .checkpoint.compatibility import blocks
+from .nn.cells import ConvGRUCell, ConvLSTMCell, GateConv
+from .nn.regulator import Fusion
 from .rewrite.disable import disabled
-from .rewrite.record import check_blocks_are_called
+from .rewrite.guard import check_regulated, regulators, unwrapped
+from .rewrite.lookup import check_blocks_are_called
+from .utils.modes import in_mode
 
 # Gates in (-1, 1); the others are in (0, 1).
 TANH_GATES = "gn"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from regulate import regulate, save
-from regulate.named import load_model
+from regulate.models.by_name import load_model
 
 from .uses import record
 

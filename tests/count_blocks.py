@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from regulate.named import load_model
+from regulate.models.by_name import load_model
 
 
 def always(_: nn.Module) -> bool:

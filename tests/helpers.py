@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from regulate import regulate
-from regulate.build import private_rng
-from regulate.guard import regulators
-from regulate.models import CifarBlock, cifar_resnet
-from regulate.named import load_model
-from regulate.verify import example_inputs, perturb
+from regulate.models.by_name import load_model
+from regulate.models.cifar import CifarBlock, cifar_resnet
+from regulate.nn.factory import private_rng
+from regulate.rewrite.guard import regulators
+from regulate.testing import example_inputs, perturb
 
 
 def network(name: str, size: int = 64) -> nn.Module:

@@ -15,7 +15,7 @@ from regulate import (
     regulate,
     unregulate,
 )
-from regulate.models import CifarBlock
+from regulate.models.cifar import CifarBlock
 from regulate.rewrite import install
 
 from .helpers import network, small, stir

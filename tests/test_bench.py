@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from regulate import RegulatorConfig, bench, kernels
-from regulate.bench import Setting, in_turn, measure, report
-from regulate.cli import main
+from regulate import RegulatorConfig, kernels
+from regulate.tools import bench
+from regulate.tools.bench import Setting, in_turn, measure, report
+from regulate.tools.cli import main
 
 ROOT = Path(__file__).parents[1]
 

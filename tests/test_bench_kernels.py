@@ -17,8 +17,8 @@ import bench_ablations
 import bench_limits
 
 from regulate import kernels
-from regulate.cells import CELLS
 from regulate.kernels import library
+from regulate.nn.cells import CELLS
 
 
 @pytest.fixture(autouse=True)

@@ -11,18 +11,10 @@ import torch.nn.functional as F
 from timm import create_model
 from torch import nn
 
-from regulate import (
-    BlockCallError,
-    NoBlocksError,
-    UnsupportedModelError,
-    disabled,
-    is_regulated,
-    plan,
-    regulate,
-    unregulate,
-)
-from regulate.models import CifarBlock
+from regulate import BlockCallError, NoBlocksError, UnsupportedModelError, disabled, is_regulated, regulate, unregulate
+from regulate.models.cifar import CifarBlock
 from regulate.rewrite.carrier import STACK, Chain, Place, aligned
+from regulate.schema import plan
 
 from .helpers import network, small, small_block, stir, stirred
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from regulate import ConvGRUCell, ConvLSTMCell, ConvRNNCell
-from regulate.cells import CELLS, GateConv
+from regulate.nn.cells import CELLS, GateConv
 
 C = 3
 

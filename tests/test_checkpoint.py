@@ -28,7 +28,7 @@ from regulate import (
     save,
     unregulate,
 )
-from regulate.named import load_model
+from regulate.models.by_name import load_model
 
 from .helpers import network, stir, stirred
 
@@ -238,7 +238,7 @@ KILLED = """
 import os, signal, sys
 import safetensors.torch
 from regulate import archive, regulate, save
-from regulate.named import load_model
+from regulate.models.by_name import load_model
 
 def half(tensors, path, metadata):
     safetensors.torch.save_file(tensors, path, metadata=metadata)
@@ -275,7 +275,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(good, tmp_path, mon
         Path(where).write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("regulate.archive.save_file", full)
+    monkeypatch.setattr("regulate.checkpoint.archive.save_file", full)
     with pytest.raises(OSError, match="no space"):
         save(regulate(load_model("resnet18")), path)
     assert path.read_bytes() == good.read_bytes()

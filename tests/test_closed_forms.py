@@ -7,8 +7,9 @@ import torch
 from timm import create_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from regulate import plan, regulate, regulator_parameters
-from regulate.models import cifar_resnet
+from regulate import regulate, regulator_parameters
+from regulate.models.cifar import cifar_resnet
+from regulate.schema import plan
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 

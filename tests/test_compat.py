@@ -15,9 +15,10 @@ from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
 
 import regulate
-from regulate import BlockCallError, ConvLSTMCell, UnsupportedModelError, _compat, disabled, kernels, plan
+from regulate import BlockCallError, ConvLSTMCell, UnsupportedModelError, _compat, disabled, kernels
 from regulate.kernels import choose
-from regulate.named import load_model
+from regulate.models.by_name import load_model
+from regulate.schema import plan
 
 from .helpers import small, small_block, stir
 from .processes import python
@@ -184,7 +185,7 @@ def test_operators_that_do_not_name_their_packet_are_not_counted_as_nothing():
 def test_the_package_works_without_torchs_flop_counter():
     done = python(
         "import sys; sys.modules['torch.utils.flop_counter'] = None\n"
-        "import torch, regulate\nfrom regulate.models import cifar_resnet\n"
+        "import torch, regulate\nfrom regulate.models.cifar import cifar_resnet\n"
         "model = regulate.regulate(cifar_resnet(20))\n"
         "model(torch.randn(2, 3, 32, 32)).sum().backward()\n"
         "print(regulate.plan(cifar_resnet(20)).base_macs)"

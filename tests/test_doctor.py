@@ -9,9 +9,10 @@ from importlib import metadata
 import pytest
 import torch
 
-from regulate import __version__, doctor, kernels
-from regulate.cli import main
+from regulate import __version__, kernels
 from regulate.kernels import gpu, library
+from regulate.tools import doctor
+from regulate.tools.cli import main
 
 SCRIPT = """
 import sys

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from regulate import ConvLSTMCell, kernels, regulate
-from regulate.guard import regulators
+from regulate.rewrite.guard import regulators
 
 from .helpers import Watch, network, stir
 

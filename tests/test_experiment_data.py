@@ -252,7 +252,7 @@ def test_a_batch_costs_little_beside_a_step(tmp_path):
 import sys, time, torch
 sys.path.insert(0, "examples")
 from experiments.images import Images
-from regulate.models import cifar_resnet
+from regulate.models.cifar import cifar_resnet
 torch.set_num_threads(1)
 HALF = (0.5,) * 3, (0.5,) * 3
 images = Images(torch.randint(256, (2000, 3, 32, 32), dtype=torch.uint8), torch.arange(2000) % 10, *HALF)

@@ -20,7 +20,7 @@ from regulate import (
     save,
     unregulate,
 )
-from regulate.guard import regulators
+from regulate.rewrite.guard import regulators
 
 from .helpers import network, stir, stirred
 

@@ -10,7 +10,7 @@ from timm import create_model
 from torch import nn
 
 from regulate import NotRegulatedError, freeze_backbone, regulate, regulator_parameters, unregulate
-from regulate.models import cifar_resnet
+from regulate.models.cifar import cifar_resnet
 
 
 def state_of(model):

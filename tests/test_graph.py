@@ -15,15 +15,15 @@ from regulate import (
     inspect,
     is_regulated,
     load,
-    plan,
     regulate,
     regulator_parameters,
     regulator_state_dict,
     save,
     unregulate,
 )
-from regulate.models import CifarBlock
-from regulate.verify import distance
+from regulate.models.cifar import CifarBlock
+from regulate.schema import plan
+from regulate.testing import distance
 
 from .helpers import network, stir
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from regulate import CheckpointError, is_regulated, load
-from regulate.named import load_model
+from regulate.models.by_name import load_model
 
 
 def rewritten(path, change):

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from regulate import calibrate, plan, regulate
-from regulate.guard import regulators
-from regulate.identity import quadrature_moments, relu_moments
-from regulate.verify import distance
+from regulate import regulate
+from regulate.nn.identity_init import quadrature_moments, relu_moments
+from regulate.rewrite.guard import regulators
+from regulate.schema import plan
+from regulate.testing import distance
+from regulate.training import calibration as calibrate
 
 from .helpers import network
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from matplotlib.image import imread, imsave
 
-from regulate import disabled, figures, freeze_backbone, kernels, regulate, save
-from regulate.cli import main
-from regulate.figures import draw
+from regulate import disabled, freeze_backbone, kernels, regulate, save
 from regulate.inspect import block_accuracy, gate_statistics, hidden_norm, outputs, record, similarity
-from regulate.named import load_model
-from regulate.watch import GradientWatch
+from regulate.models.by_name import load_model
+from regulate.tools import figures
+from regulate.tools.cli import main
+from regulate.tools.figures import draw
+from regulate.training.gradients import GradientWatch
 
 from .helpers import network, stirred
 

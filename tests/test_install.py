@@ -26,7 +26,7 @@ TARGETS = build.TARGETS.get(platform.machine().lower(), ())
 RUN = """
 import json, torch, regulate
 from regulate.kernels import library, native, shipped
-from regulate.models import cifar_resnet
+from regulate.models.cifar import cifar_resnet
 {setup}
 calls = []
 step = native.call

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize, prune
 
 from regulate import ConvGRUCell, ConvLSTMCell, _compat, kernels, regulate
 from regulate.kernels import aten, native, op
-from regulate.layers import BatchNormReLU2d
+from regulate.nn.layers import BatchNormReLU2d
 
 from .helpers import Watch, network
 from .processes import python

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from regulate import kernels
-from regulate.fusion import Fusion, Norm
-from regulate.layers import BatchNormReLU2d, Mix2d, ScaleReLU
+from regulate.nn.layers import BatchNormReLU2d, Mix2d, ScaleReLU
+from regulate.nn.regulator import Fusion, Norm
 
 from .helpers import Watch
 

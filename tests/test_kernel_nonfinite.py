@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from regulate.cells import CELLS
+from regulate.nn.cells import CELLS
 
 from .test_kernels import FORMS, LAYOUTS, case, run
 

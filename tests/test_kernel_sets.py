@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from regulate import kernels
-from regulate.cells import CELLS
 from regulate.kernels import build, library
+from regulate.nn.cells import CELLS
 
 from .test_kernels import LAYOUTS, SHAPES, alike, case, run
 

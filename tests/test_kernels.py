@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from regulate import kernels
-from regulate.cells import CELLS
 from regulate.kernels import library, native, op
+from regulate.nn.cells import CELLS
 
 FORMS = ("native", "aten")
 SHAPES = ((3, 5, 7, 6), (2, 33, 1, 1), (40, 2, 2, 3), (2, 17, 34, 33), (0, 4, 3, 3))

@@ -15,9 +15,9 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize, prune
 
 from regulate import ConvGRUCell, ConvLSTMCell, ConvRNNCell, kernels
-from regulate.fusion import Fusion, Norm
 from regulate.kernels import native
-from regulate.layers import BatchNormReLU2d, Mix2d
+from regulate.nn.layers import BatchNormReLU2d, Mix2d
+from regulate.nn.regulator import Fusion, Norm
 
 CELLS = (ConvRNNCell, ConvGRUCell, ConvLSTMCell)
 

@@ -8,7 +8,7 @@ from timm import create_model
 from timm.optim import param_groups_layer_decay
 
 from regulate import regulate, regulator_parameters, regulator_state_dict
-from regulate.named import load_model
+from regulate.models.by_name import load_model
 
 MODELS = ["resnet18", "seresnext26d_32x4d", "legacy_seresnet18", "torchvision/resnet50", "resnet50_gn"]
 

@@ -13,7 +13,7 @@ from timm import create_model
 from torch import nn
 
 from regulate import BlockCallError, RegulatorConfig, is_regulated, regulate, regulator_parameters, unregulate
-from regulate.identity import is_settled
+from regulate.nn.identity_init import is_settled
 
 from .helpers import network, stir, stirred
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from regulate import CheckpointError, RegulatorConfig, is_regulated, save, save_pretrained
-from regulate.cli import main
-from regulate.open_model import backbone_and_options, open_model
+from regulate.tools.cli import main
+from regulate.tools.open_model import backbone_and_options, open_model
 
 from .helpers import stirred
 

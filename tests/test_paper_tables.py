@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from regulate.cli import main
-from regulate.paper import ROWS, Row, count
+from regulate.tools.cli import main
+from regulate.tools.paper import ROWS, Row, count
 
 KNOWN = {
     ("I", "RegNet-20 (GRU, 3x3)"): (324_240, 264_241_152),
@@ -35,7 +35,7 @@ def test_every_table_with_figures_is_there():
 
 
 def test_the_command_prints_paper_ours_and_difference(capsys, monkeypatch):
-    monkeypatch.setattr("regulate.paper.ROWS", [Row("I", 20, "gru", 44e3, 15e6, increase=True)])
+    monkeypatch.setattr("regulate.tools.paper.ROWS", [Row("I", 20, "gru", 44e3, 15e6, increase=True)])
     assert main(["paper"]) == 0
     line = capsys.readouterr().out.splitlines()[1]
     figures = ["+44,000", "+37,632", "-6,368", "+15,000,000", "+15,114,240", "+114,240"]

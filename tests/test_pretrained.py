@@ -10,7 +10,7 @@ from timm import create_model
 from torch import nn
 
 from regulate import CheckpointError, UnsupportedModelError, from_pretrained, is_regulated, regulate, save_pretrained
-from regulate.named import load_model
+from regulate.models.by_name import load_model
 
 from .helpers import network, stirred
 

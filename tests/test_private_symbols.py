@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import regulate
-from regulate.trace import trace
+from regulate.analysis.trace import trace
 
 PACKAGE = Path(regulate.__file__).parent
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "_compat.py"]

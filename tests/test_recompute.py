@@ -10,9 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from regulate import BlockCallError, regulate
-from regulate.models import CifarBlock
+from regulate.models.cifar import CifarBlock
 from regulate.rewrite.carrier import STACK
-from regulate.rewrite.record import chains
+from regulate.rewrite.lookup import chains
 
 from .helpers import stir
 

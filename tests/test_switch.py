@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.torch_version import TorchVersion
 
 from regulate import NotRegulatedError, disabled, kernels, regulate, unregulate
-from regulate.named import load_model
+from regulate.models.by_name import load_model
 
 from .helpers import network, stirred
 

@@ -34,14 +34,14 @@ from regulate import (
     from_pretrained,
     is_regulated,
     load,
-    plan,
     regulator_parameters,
     regulator_state_dict,
     save,
     save_pretrained,
     unregulate,
 )
-from regulate.guard import regulators
+from regulate.rewrite.guard import regulators
+from regulate.schema import plan
 
 from .helpers import network, stir
 from .uses import X, close

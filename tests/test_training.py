@@ -12,8 +12,8 @@ from sklearn.datasets import load_digits
 from timm import create_model
 
 from regulate import freeze_backbone, regulate, regulator_parameters
-from regulate.models import cifar_resnet
-from regulate.named import load_model
+from regulate.models.by_name import load_model
+from regulate.models.cifar import cifar_resnet
 
 from .helpers import network, stirred
 

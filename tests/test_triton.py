@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from regulate import kernels
-from regulate.cells import CELLS
 from regulate.kernels import gpu
+from regulate.nn.cells import CELLS
 
 pytest.importorskip("triton", reason="torch brings no Triton on this platform")
 

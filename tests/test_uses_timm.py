@@ -16,8 +16,8 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 from regulate import is_regulated, regulate, regulator_parameters
-from regulate.guard import regulators
-from regulate.verify import example_inputs, perturb
+from regulate.rewrite.guard import regulators
+from regulate.testing import example_inputs, perturb
 
 from .helpers import stir
 from .uses import TIMM, X, close, gradients, passing, plain, regulated, use

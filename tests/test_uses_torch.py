@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 
 from regulate import is_regulated, regulate, regulator_parameters, unregulate
-from regulate.guard import regulators
+from regulate.rewrite.guard import regulators
 
 from .uses import ONE, TIMM, X, close, gradients, plain, regulated, use
 

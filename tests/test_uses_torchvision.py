@@ -12,7 +12,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from regulate import regulate
-from regulate.guard import regulators
+from regulate.rewrite.guard import regulators
 
 from .helpers import stir
 from .uses import ONE, TORCHVISION, X, close, passing, plain, regulated, use

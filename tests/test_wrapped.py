@@ -14,12 +14,12 @@ from regulate import (
     AlreadyRegulatedError,
     UnsupportedModelError,
     is_regulated,
-    plan,
     regulate,
     regulator_parameters,
     unregulate,
 )
-from regulate.verify import distance
+from regulate.schema import plan
+from regulate.testing import distance
 
 from .helpers import network, stir, stirred
 

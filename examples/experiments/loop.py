@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from regulate.archive import replaced
-from regulate.watch import GradientWatch
+from regulate.checkpoint.archive import replaced
+from regulate.training.gradients import GradientWatch
 
 from . import batches, record
 from .data import Data, load

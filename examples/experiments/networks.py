@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import regulate
-from regulate.models import cifar_resnet
+from regulate.models.cifar import cifar_resnet
 
 from .data import Data
 from .options import CIFAR_MODELS, Options

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import regulate
-from regulate.archive import replaced
+from regulate.checkpoint.archive import replaced
 
 from .loop import train
 from .options import Options

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from regulate.archive import replaced
+from regulate.checkpoint.archive import replaced
 
 from .sources import Arrays, DataError, read
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import equations
+from . import reference as equations
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _compat
-from ..spans import Spans, repeated_node
+from ..utils.spans import Spans, repeated_node
 from . import gpu, library
 
 CHOICES = ("auto", "native", "triton", "aten", "reference")

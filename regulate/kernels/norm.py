@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..scale import scale_and_shift
+from ..nn.scale import scale_and_shift
 from .choose import native_here
 from .library import call, channels_last, chunks
 

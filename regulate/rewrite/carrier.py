@@ -19,7 +19,7 @@ from torch.utils.weak import TensorWeakRef
 
 from .._compat import assign, is_tracing, saving_hooks, tree_leaves
 from ..errors import BlockCallError
-from ..spans import Spans
+from ..utils.spans import Spans
 
 State = tuple[Tensor, ...]
 

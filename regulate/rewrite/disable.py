@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from .._compat import COMPILER_READS_CONTEXT
-from ..spans import repeated_node
+from ..utils.spans import repeated_node
 from .carrier import Chain
-from .record import chains, check_regulated
+from .lookup import chains, check_regulated
 
 # The chains that run without their regulators in this context: thread, task or generator. Chains, and not uses:
 # torch.compile guards what it finds here, and would compile anew for each use.

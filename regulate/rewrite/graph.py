@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..dataflow import entering
-from ..paths import join
-from ..plan import Block, Stage
+from ..analysis.dataflow import entering
+from ..schema.plan import Block, Stage
+from ..utils.paths import join
 from .carrier import Chain
 from .classes import Forward, Part, become, leave
 from .disable import is_off
-from .record import CHAIN, RECORD, Record
+from .lookup import CHAIN, RECORD, Record
 
 
 def run_switched(self: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

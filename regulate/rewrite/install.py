@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from .._compat import without_global_hooks
-from ..build import build_stage
 from ..config import RegulatorConfig
 from ..errors import UnsupportedModelError, first_line
-from ..fusion import Fusion
-from ..paths import relative
-from ..plan import Block, Plan, Stage
+from ..nn.factory import build_stage
+from ..nn.regulator import Fusion
+from ..schema.plan import Block, Plan, Stage
+from ..utils.paths import relative
 from .carrier import Chain, Place
 from .classes import Part, become, core, is_plain, subclass
 from .graph import install_in_graph, uninstall_from_graph
-from .record import PLACE, POINTS, RECORD, Point, Record, chains, containers, regulated_blocks, whole
+from .lookup import PLACE, POINTS, RECORD, Point, Record, chains, containers, regulated_blocks, whole
 from .wrapped import Block as RegulatedBlock
 from .wrapped import Container, Pointed, forget_points, mark, release
 

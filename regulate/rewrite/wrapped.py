@@ -33,8 +33,8 @@ from .carrier import (
 from .classes import Forward, Part, become, leave
 from .disable import is_off
 from .inside import frame_again, keep
+from .lookup import PLACE, POINTS, RECORD, Point
 from .recompute import forget_after_backward, is_repeated, note, noted
-from .record import PLACE, POINTS, RECORD, Point
 
 # No union: before torch 2.9 its compiler knows none.
 _MAPS = (torch.Tensor, fx.Proxy)

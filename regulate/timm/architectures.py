@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 
 import timm
 
-from ..fit import REGULATED as PREFIX
+from ..checkpoint.compatibility import REGULATED as PREFIX
 
 __all__ = ["PREFIX", "architectures", "tagged"]
 

@@ -8,8 +8,8 @@ from typing import Any
 from timm.models import PretrainedCfg, model_entrypoint, resolve_pretrained_cfg
 from torch import Tensor, nn
 
+from ..analysis.planner import draw
 from ..config import RegulatorConfig
-from ..planner import draw
 from ..rewrite.install import prepare
 from .architectures import PREFIX
 from .network import enlist

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from ..api import regulator_state_dict
-from ..build import private_rng, start
-from ..plan import Block, Plan
+from ..nn.factory import private_rng, start
 from ..rewrite.classes import Part, become
-from ..rewrite.record import is_regulated, regulators
+from ..rewrite.lookup import is_regulated, regulators
+from ..schema.plan import Block, Plan
 
 _START = "_regulate_start"
 

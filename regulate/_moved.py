@@ -1,0 +1,48 @@
+"""Public modules that have moved: their old names still import, with a DeprecationWarning."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+MOVED = {
+    "regulate.cells": "regulate.nn.cells",
+    "regulate.figures": "regulate.tools.figures",
+    "regulate.layers": "regulate.nn.layers",
+    "regulate.watch": "regulate.training.gradients",
+}
+
+
+class _Finder(MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(fullname, _Loader(MOVED[fullname])) if fullname in MOVED else None
+
+
+class _Loader(Loader):
+    """Fills the module of the old name with the attributes of the one of the new name."""
+
+    def __init__(self, new: str) -> None:
+        self.new = new
+
+    def exec_module(self, module: ModuleType) -> None:
+        warnings.warn(
+            f"{module.__name__} has moved to {self.new}; the old name will go in version 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        # Not a copy of the names: an attribute that is set there later must be seen here.
+        vars(module)["__getattr__"] = partial(getattr, import_module(self.new))
+
+
+def install() -> None:
+    """Let Python's import system find the old names. Does nothing the second time."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())

@@ -1,0 +1,1 @@
+"""From a model to a plan: reads the model, never changes it."""

@@ -1,0 +1,215 @@
+"""Surveys a network: traces it, measures it and says of each residual block how it would be regulated."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .._compat import Convolution
+from ..config import RegulatorConfig
+from ..errors import first_line
+from ..nn.regulator import Norm
+from ..schema.plan import Block, Skipped
+from ..utils.paths import join
+from .dataflow import Dataflow, entering
+from .fidelity import checked, measure_odd
+from .home import door, home_of, unfit
+from .inputs import Inputs, Size, missing_arguments, recorded, shapes
+from .measure import Measured, measure
+from .provenance import Source, has_running_statistics, is_norm, origin
+from .residual_blocks import Found, find
+from .site import Site
+from .trace import Trace, holds_convolution, is_convolution, traces
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a network holds.
+
+    Args:
+        sites: blocks that can be regulated, in forward order.
+        skipped: what cannot, with the reason.
+        failed: paths of what could not be traced or measured as a whole.
+        input_size: one image, (C, H, W), of the first part that was measured.
+        macs: multiply-adds of one image, of the parts that hold blocks; None where torch does not tell.
+    """
+
+    sites: list[Site]
+    skipped: list[Skipped]
+    failed: list[str]
+    input_size: tuple[int, ...]
+    macs: int | None
+
+
+def survey(bare: nn.Module, config: RegulatorConfig, sizes: Sequence[Size], example: Inputs | None = None) -> Survey:
+    """Traces, measures and searches a model, or its parts where the whole cannot be traced.
+
+    Args:
+        bare: the model's skeleton.
+        config: decides norm and activation of what is new.
+        sizes: image sizes to measure at; the first on which a part runs is taken.
+        example: what the model is called with, instead of an image.
+    """
+    sites: list[Site] = []
+    skipped: list[Skipped] = []
+    failed: list[str] = []
+    image: tuple[int, ...] = example.image[1:] if example else ()
+    macs: int | None = 0
+    known = recorded(bare, example) if example else {}
+    for root, made in traces(bare, known):
+        if isinstance(made, str):
+            reason = "" if root in known else missing_arguments(bare.get_submodule(root))
+            skipped.append(Skipped(root, reason or f"cannot be traced as a whole: {made}"))
+            failed.append(root)
+            continue
+        try:
+            measured, inputs = _measured(made, sizes, known.get(root))
+        except Exception as error:
+            skipped.append(Skipped(root, first_line(error)))
+            failed.append(root)
+            continue
+        odd = measure_odd(made, inputs)
+        kinds = list(_blocks(Dataflow(made, measured), root, config, None if odd is None else odd.shapes))
+        kinds = checked(kinds, made, measured, inputs, odd)
+        if kinds:
+            image = image or inputs.image[1:]
+            macs = _added(macs, measured.flops, inputs.image[0])
+        sites += [kind for kind in kinds if isinstance(kind, Site)]
+        skipped += [kind for kind in kinds if isinstance(kind, Skipped)]
+        skipped += [Skipped(join(root, path), f"cannot be opened: {why}") for path, why in made.closed.items()]
+    found = [site.block.name for site in sites]
+    # A whole whose parts gave blocks was not left alone.
+    left = [s for s in dict.fromkeys(skipped) if not any(name.startswith(s.name and f"{s.name}.") for name in found)]
+    return Survey(sites, left, failed, image, macs)
+
+
+def _added(macs: int | None, flops: int | None, images: int) -> int | None:
+    # At two operations a multiply-add.
+    return None if macs is None or flops is None else macs + flops // (2 * images)
+
+
+def _measured(made: Trace, sizes: Sequence[Size], known: Inputs | None) -> tuple[Measured, Inputs]:
+    """What a run of a trace shows, and on which inputs it ran.
+
+    Raises:
+        ValueError: it runs on none; the message is the reason.
+    """
+    if known is not None:
+        with torch.no_grad():
+            try:
+                return measure(made, known), known
+            except Exception as error:
+                raise ValueError(f"does not run on example_inputs=: {first_line(error)}") from error
+    missing = missing_arguments(made.root)
+    if missing:
+        raise ValueError(missing)
+    first = next((m for node in made.graph.nodes if isinstance(m := made.module(node), Convolution)), None)
+    if first is None or not made.inputs.tensors:
+        raise ValueError(
+            "calls no convolution that can be seen; if that depends on its arguments, give example_inputs="
+        )
+    dtype = next((p.dtype for p in made.root.parameters() if p.is_floating_point()), torch.float32)
+    failure = ""
+    for shape in shapes(first.in_channels, len(first.kernel_size), sizes):
+        inputs = made.inputs.replaced(lambda _, x: x.new_empty(shape, dtype=dtype))  # noqa: B023, called at once
+        try:
+            with torch.no_grad():
+                return measure(made, inputs), inputs
+        except Exception as error:
+            failure = failure or f"does not run on an image of {'x'.join(map(str, shape[1:]))}: {first_line(error)}"
+    # Other inputs do not help code that asks for numbers: a plan is made without arithmetic.
+    raise ValueError(failure if "meta" in failure else f"{failure}; give input_size= or example_inputs=")
+
+
+def _blocks(flow: Dataflow, root: str, config: RegulatorConfig, odd: dict[str, Any] | None) -> Iterator[Site | Skipped]:
+    found = find(flow)
+    homes = [home_of(flow, block) for block in found]
+    shared = Counter(homes)
+    targets = Counter(str(node.target) for node in flow.traced.graph.nodes if node.op == "call_module")
+    for block, home in zip(found, homes, strict=True):
+        name = join(root, home)
+        reason = block.reason or unfit(flow, block, root, home, shared[home], targets)
+        fitted = "" if reason else _fitted(flow, block, root, home, config, odd)
+        if isinstance(fitted, Site):
+            yield fitted
+        else:
+            yield Skipped(name or str(block.addition.name), reason or fitted)
+
+
+def _fitted(
+    flow: Dataflow, found: Found, root: str, home: str, config: RegulatorConfig, odd: dict[str, Any] | None
+) -> Site | str:
+    assert found.read is not None and found.write is not None
+    read, write = entering(found.read), entering(found.write)
+    read_shape, write_shape = flow.shape(read), flow.shape(write)
+    if read_shape is None or write_shape is None or len(read_shape) != len(write_shape):
+        return "its read or write point is no image-like tensor"
+    pairs = [(read_shape[2:], write_shape[2:])]
+    if odd and read.name in odd and write.name in odd:
+        pairs.append((odd[read.name][2:], odd[write.name][2:]))
+    steps = _steps(pairs)
+    if steps is None:
+        return f"the grids of its read and write points, {pairs[0][0]} and {pairs[0][1]}, differ by more than a stride"
+    dtype = _dtype(flow, found.write)
+    if not dtype.is_floating_point:
+        return f"its convolutions are of {dtype}, and a regulator computes in real floating-point numbers"
+    known = origin(flow, write, found.write)
+    block = Block(
+        name=join(root, home),
+        read=join(root, door(flow, found.read, home)),
+        write=join(root, door(flow, found.write, home)),
+        read_width=read_shape[1],
+        write_width=write_shape[1],
+        stride=steps[0],
+        crop=steps[1],
+        dims=len(write_shape) - 2,
+        activation=known.fixed_point if config.fusion == "paper" else "none",
+        norm=_norm(flow.traced.root.get_submodule(home), config.norm),
+        sources=tuple(_rooted(source, root) for source in known.sources),
+    )
+    return Site(block, write_shape[2:], dtype, found, flow, root)
+
+
+def _dtype(flow: Dataflow, conv: fx.Node) -> torch.dtype:
+    module = flow.traced.module(conv)
+    assert module is not None
+    return next(p.dtype for p in module.parameters() if p.dim() > 1)
+
+
+def _rooted(source: Source, root: str) -> Source:
+    kind, colon, path = source.activation.partition(":")
+    activation = f"{kind}:{join(root, path)}" if kind == "module" and colon else source.activation
+    return replace(source, norm=source.norm and join(root, source.norm), activation=activation)
+
+
+def _steps(pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> tuple[tuple[int, ...], bool] | None:
+    """The stride per axis that turns every read grid into its write grid, and whether it takes a cut."""
+    read, write = pairs[0]
+    stride = tuple(max(1, round(r / w)) for r, w in zip(read, write, strict=True))
+    crop = False
+    for read, write in pairs:
+        for r, w, s in zip(read, write, stride, strict=True):
+            if w not in (math.ceil(r / s), r // s):
+                return None
+            crop = crop or w != math.ceil(r / s)
+    return stride, crop
+
+
+def _norm(block: nn.Module, wish: str) -> Norm:
+    """The norm of what is new: the block's own kind, or the one that was asked for."""
+    norms = [m for m in block.modules() if not is_convolution(m) and not holds_convolution(m) and is_norm(m)]
+    batch = [m for m in norms if has_running_statistics(m)]
+    model = (batch or norms or [None])[0]  # type: ignore[list-item]
+    kind = wish if wish != "auto" else "batch" if batch else "group" if norms else "none"
+    return Norm(
+        kind=kind,
+        eps=float(getattr(model, "eps", 1e-5)),
+        momentum=getattr(model, "momentum", 0.1) if batch else 0.1,
+        groups=int(getattr(model, "num_groups", 32)),
+    )

@@ -1,0 +1,198 @@
+"""Whether a trace tells the truth about a block: its own code is run beside the trace, and the two compared.
+
+What a regulator takes from the trace is little, since the block's own code goes on to run: where memory is
+read and written, and which activation leaves the map at the write point as it is. A block whose code does
+not pass these points is refused; where a trace and the code differ otherwise, as on a branch that a symbol
+decides in its own way, the fusion goes without an activation, which is the identity for every map.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from ..errors import located
+from ..schema.plan import Skipped
+from ..utils.modes import in_mode
+from ..utils.paths import is_inside, relative
+from .dataflow import Dataflow, entering
+from .inputs import Inputs
+from .measure import Measured, Observed, agree, measure
+from .observe import observe, with_regulators
+from .provenance import origin
+from .site import Site
+from .trace import Trace, trace
+
+
+def checked(
+    kinds: Sequence[Site | Skipped], made: Trace, measured: Measured, inputs: Inputs, odd: Measured | None
+) -> list[Site | Skipped]:
+    """Refuse sites whose points the network's own code does not pass; drop activations that are in doubt.
+
+    Args:
+        kinds: what was found in a trace; what is skipped stays so.
+        made: the trace.
+        measured: its run.
+        inputs: what it ran on.
+        odd: its run in train mode at the odd size; None if the network refuses that.
+    """
+    sites = [kind for kind in kinds if isinstance(kind, Site)]
+    if not sites:
+        return list(kinds)
+    try:
+        with torch.no_grad():
+            ran = _run(sites, made, inputs, measured)
+    except Exception as error:
+        reason = f"its own code cannot be run beside its trace: {located(error)}"
+        return [Skipped(kind.block.name, reason) if isinstance(kind, Site) else kind for kind in kinds]
+    trained = _trained(sites, made, inputs, odd)
+    return [_verdict(kind, made, measured, ran, trained) if isinstance(kind, Site) else kind for kind in kinds]
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """What a run of the network's own code told.
+
+    Args:
+        seen: the run.
+        disturbed: the modules in whose own code something else ran once the blocks had a regulator among their
+            submodules.
+        doubtful: the blocks of whose activation nothing is known, by name.
+    """
+
+    seen: Observed
+    disturbed: set[str] = field(default_factory=set)
+    doubtful: set[str] = field(default_factory=set)
+
+
+def _run(sites: Sequence[Site], made: Trace, inputs: Inputs, measured: Measured) -> _Ran:
+    """Run the code with regulators in the blocks; where something else ran than in the trace, without them as well."""
+    points, homes = _points(sites), [_home(site) for site in sites]
+    try:
+        with with_regulators(made.root, homes):
+            held = observe(made, inputs, measured, points, homes)
+    except Exception:
+        return _Ran(observe(made, inputs, measured, points, homes), set(homes))
+    if agree(measured, held, ""):
+        return _Ran(held)
+    seen = observe(made, inputs, measured, points, homes)
+    scopes = {*seen.operators, *held.operators}
+    return _Ran(seen, {scope for scope in scopes if seen.operators.get(scope) != held.operators.get(scope)})
+
+
+def _points(sites: Sequence[Site]) -> list[str]:
+    paths = [relative(path, site.root) for site in sites for path in (site.block.read, site.block.write)]
+    return list(dict.fromkeys(paths))
+
+
+def _home(site: Site) -> str:
+    return relative(site.block.name, site.root)
+
+
+def _verdict(site: Site, made: Trace, measured: Measured, ran: _Ran, trained: _Ran | None) -> Site | Skipped:
+    reason = _missed(site, ran.seen) or _disturbed(site, ran) or (trained and _wrong_in_training(site, trained))
+    if reason:
+        return Skipped(site.block.name, f"{reason} {_location(made.root.get_submodule(_home(site)))}".rstrip())
+    if trained is None or site.block.name in trained.doubtful or not agree(measured, ran.seen, _home(site)):
+        return replace(site, block=replace(site.block, activation="none"))
+    return site
+
+
+def _missed(site: Site, seen: Observed) -> str:
+    """Why the block's own code does not do what the trace says of its points; empty if it does."""
+    block, flow = site.block, site.flow
+    assert site.found.read is not None and site.found.write is not None
+    for path, node in ((block.read, site.found.read), (block.write, site.found.write)):
+        passes = seen.passes[relative(path, site.root)]
+        if len(passes) != 1:
+            return f"in its trace it calls {path} once, in a real run {len(passes)} times"
+        if passes[0][1] != flow.shape(entering(node)):
+            return f"in its trace {path} takes a map {flow.shape(entering(node))}, in a real run {passes[0][1]}"
+    return _out_of_order(site, seen, "a real run")
+
+
+def _out_of_order(site: Site, seen: Observed, when: str) -> str:
+    read, write = (seen.passes[relative(path, site.root)] for path in (site.block.read, site.block.write))
+    if write and (not read or write[0][0] < read[0][0]):
+        return f"in {when} it calls {site.block.write} before {site.block.read}"
+    return ""
+
+
+def _wrong_in_training(site: Site, trained: _Ran) -> str:
+    """The same for train mode, where a block may also leave early."""
+    times = len(trained.seen.passes[relative(site.block.write, site.root)])
+    if times > 1:
+        return f"in train mode it calls {site.block.write} {times} times in one pass"
+    return _out_of_order(site, trained.seen, "train mode") or _disturbed(site, trained)
+
+
+def _disturbed(site: Site, ran: _Ran) -> str:
+    home = _home(site)
+    if not any(is_inside(scope, home) or is_inside(home, scope) for scope in ran.disturbed):
+        return ""
+    return (
+        "its code, or that of what runs it, goes over submodules, parameters or the state dict, and would take a "
+        "regulator for one of its own"
+    )
+
+
+def _location(module: nn.Module) -> str:
+    """File and line of a module's forward, where there is a text of it."""
+    try:
+        code = inspect.unwrap(type(module).forward).__code__
+    except AttributeError:
+        return ""
+    return f"({code.co_filename}:{code.co_firstlineno})"
+
+
+def measure_odd(made: Trace, inputs: Inputs) -> Measured | None:
+    """Run a trace in train mode with gradients at an odd size; None where the model refuses it."""
+    odd = inputs.odd()
+    if odd is None:
+        return None
+    with in_mode(made.root, True), torch.enable_grad():
+        try:
+            return measure(made, odd)
+        except Exception:
+            return None
+
+
+def _trained(sites: Sequence[Site], made: Trace, inputs: Inputs, odd: Measured | None) -> _Ran | None:
+    """What a run in train mode with gradients tells, and about which blocks something else; None if there is none."""
+    used = inputs if odd is None else inputs.odd() or inputs
+    with in_mode(made.root, True), torch.enable_grad():
+        try:
+            measured = odd or measure(made, used)
+            ran = _run(sites, made, used, measured)
+        except Exception:
+            return None
+        differing = [site for site in sites if not agree(measured, ran.seen, _home(site))]
+        return replace(ran, doubtful=_unexplained(differing, made, used) if differing else set())
+
+
+def _unexplained(differing: Sequence[Site], made: Trace, used: Inputs) -> set[str]:
+    """Those that differ from a trace made in train mode as well, or whose activation is another one there."""
+    try:
+        again = trace(made.root, inputs=made.inputs)
+        measured = measure(again, used)
+        seen = observe(again, used, measured, (), [_home(site) for site in differing])
+    except Exception:
+        return {site.block.name for site in differing}
+    flow = Dataflow(again, measured)
+    writes = {str(node.target): node for node in again.graph.nodes if node.op == "call_module"}
+    unexplained = set()
+    for site in differing:
+        write = writes.get(str(site.found.write and site.found.write.target))
+        same = write is not None and agree(measured, seen, _home(site))
+        if not same or origin(flow, entering(write), write).fixed_point != _fixed_point(site):  # type: ignore[arg-type]
+            unexplained.add(site.block.name)
+    return unexplained
+
+
+def _fixed_point(site: Site) -> str:
+    assert site.found.write is not None
+    return origin(site.flow, entering(site.found.write), site.found.write).fixed_point

@@ -1,0 +1,174 @@
+"""Running a skeleton and its trace on the meta device: shapes, operators and what passes the points.
+
+A trace is one symbolic run of the network's Python. Where that run took another way than a real one takes,
+the trace describes another network. So both are run here, without arithmetic, and their operators compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .._compat import SEES_OPERATORS, DispatchMode, flops, tree_leaves, tree_map, written
+from ..utils.modes import fixed_random_state
+from ..utils.paths import is_inside
+from .effects import put_back
+from .inputs import Inputs
+from .trace import Trace
+
+Shapes = dict[str, Any]
+
+# A constant tensor of the code is made once in a trace and anew in each run.
+_CONSTANTS = {"aten.detach.default", "aten.lift_fresh.default", "aten.detach_.default"}
+# Norms put out a map like the one that enters, and take most of a run's time on the meta device.
+_SLOW = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# On a storage: how often its tensors were written to.
+_WRITES = "_regulate_writes"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one run of a trace showed.
+
+    Args:
+        shapes: for each node that holds a tensor its shape, for a tuple of tensors `"tuple"`, by node name.
+        changed: pairs of nodes, by name: the first one's tensor was changed before the second one took it.
+        operators: closed modules and operators between them, with shapes, by the opened module they ran in.
+        flops: floating-point operations of convolutions and matrix products; None where torch does not tell.
+    """
+
+    shapes: Shapes
+    changed: frozenset[tuple[str, str]] = frozenset()
+    operators: dict[str, list[str]] = field(default_factory=dict)
+    flops: int | None = None
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What one run of a skeleton's own code showed.
+
+    Args:
+        operators: as in `Measured`.
+        passes: for each watched module the maps that entered it, as (order, shape), by path.
+    """
+
+    operators: dict[str, list[str]]
+    passes: dict[str, list[tuple[int, tuple[int, ...]]]]
+
+
+def agree(a: Measured | Observed, b: Measured | Observed, path: str) -> bool:
+    """Check whether the same ran in a module, and in those below it, in two runs. No, where that cannot be seen."""
+    scopes = {scope for scope in (*a.operators, *b.operators) if is_inside(scope, path)}
+    return SEES_OPERATORS and all(a.operators.get(scope) == b.operators.get(scope) for scope in scopes)
+
+
+class Log(DispatchMode):  # type: ignore[no-untyped-call]
+    """Notes by scope which closed modules are called and which operators run between them; counts operations."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.scope, self.quiet = "", False
+        self.operators: dict[str, list[str]] = {}
+        self.flops: int | None = 0 if SEES_OPERATORS else None
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            result = function(*args, **(kwargs or {}))
+        except RuntimeError:
+            # A constant tensor of the code's, as a mean to subtract, is a real one.
+            args, kwargs = tree_map(_weightless, (args, kwargs or {}))
+            result = function(*args, **kwargs)
+        count = flops(function, args, kwargs or {}, result)
+        self.flops = None if self.flops is None or count is None else self.flops + count
+        if not self.quiet and str(function) not in _CONSTANTS:
+            self.note(str(function), result, _numbers(args))
+        for tensor in written(function, args):
+            # On the storage: what was got by .data has a version of its own.
+            storage = tensor.untyped_storage()
+            setattr(storage, _WRITES, getattr(storage, _WRITES, 0) + 1)
+        return result
+
+    def note(self, what: str, tensors: Any, numbers: Any = "") -> None:
+        """Enter something with the shapes of its tensors and other arguments."""
+        self.operators.setdefault(self.scope, []).append(f"{what}{map_shapes(tensors)}{numbers}")
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a trace and notes each node's shape, and tensors that changed between their node and its user."""
+
+    def __init__(self, traced: Trace, log: Log) -> None:
+        super().__init__(traced.root, graph=traced.graph)  # type: ignore[arg-type]
+        self.log = log
+        self.shapes: Shapes = {}
+        self.changed: set[tuple[str, str]] = set()
+        self.content: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.log.scope = n.meta.get("scope", "")
+        for before in n.all_input_nodes:
+            if before in self.content and _content(self.env[before]) != self.content[before]:
+                self.changed.add((before.name, n.name))
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.shapes[n.name], self.content[n] = tuple(value.shape), _content(value)
+        elif isinstance(value, tuple | list) and any(isinstance(part, Tensor) for part in value):
+            self.shapes[n.name] = "tuple"
+        return value
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        # A constant tensor of the code is a real one in the trace.
+        return value.to("meta") if isinstance(value, Tensor) and value.dim() else value
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        self.log.note(target, (args, kwargs))
+        self.log.quiet = True
+        module = self.fetch_attr(target)
+        try:
+            if type(module) in _SLOW and "forward" not in vars(module) and len(args) == 1:
+                return torch.empty_like(args[0])
+            return super().call_module(target, args, kwargs)
+        finally:
+            self.log.quiet = False
+
+
+def measure(traced: Trace, inputs: Inputs) -> Measured:
+    """Run a trace on the meta device: no arithmetic, shapes only.
+
+    Args:
+        traced: a trace of a skeleton.
+        inputs: of the form that it was traced with.
+
+    Raises:
+        Exception: whatever the model raises on these inputs.
+    """
+    log = Log()
+    runner = _Interpreter(traced, log)
+    with torch.device("meta"), fixed_random_state(), put_back(traced.root), log:
+        runner.run(*inputs.tensors)
+    return Measured(runner.shapes, frozenset(runner.changed), log.operators, log.flops)
+
+
+def map_shapes(tensors: Any) -> list[tuple[int, ...]]:
+    """Return the shapes of the tensors in nested containers."""
+    return [tuple(leaf.shape) for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor)]
+
+
+def _content(tensor: Tensor) -> tuple[Any, ...]:
+    """What changes with a tensor's values, or with what it lies on."""
+    try:
+        storage = tensor.untyped_storage()
+    except (RuntimeError, NotImplementedError):  # sparse
+        return (tensor._version,)
+    return tensor._version, getattr(storage, _WRITES, 0), storage
+
+
+def _numbers(args: Any) -> list[Any]:
+    return [leaf for leaf in tree_leaves(args) if isinstance(leaf, int | float)]
+
+
+def _weightless(leaf: Any) -> Any:
+    return leaf.to("meta") if isinstance(leaf, Tensor) and not leaf.is_meta else leaf

@@ -1,0 +1,155 @@
+"""Running a skeleton's own code on the meta device, to be compared with its trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._compat import tree_leaves
+from ..rewrite.classes import become, leave
+from ..rewrite.wrapped import Block
+from ..utils.modes import fixed_random_state
+from .effects import left_behind, put_back
+from .inputs import Inputs
+from .measure import Log, Measured, Observed
+from .trace import Trace
+
+
+def observe(
+    traced: Trace, inputs: Inputs, measured: Measured, points: Sequence[str], blocks: Sequence[str]
+) -> Observed:
+    """Run the traced module's own code on the meta device; closed modules put out what they did in the trace.
+
+    Args:
+        traced: a trace of a skeleton.
+        inputs: of the form that it was traced with.
+        measured: a run of the trace on them.
+        points: paths of the modules to watch.
+        blocks: paths of the blocks; where one leaves something behind for its next call, that is entered like an
+            operator, which no trace has.
+
+    Raises:
+        Exception: whatever the code raises.
+    """
+    try:
+        # Numbers that are drawn and read at once must be real ones.
+        return _observed(traced, inputs, measured, points, blocks, nullcontext())
+    except Exception:
+        return _observed(traced, inputs, measured, points, blocks, torch.device("meta"))
+
+
+def _observed(
+    traced: Trace,
+    inputs: Inputs,
+    measured: Measured,
+    points: Sequence[str],
+    blocks: Sequence[str],
+    device: AbstractContextManager[Any],
+) -> Observed:
+    log = Log()
+    passes: dict[str, list[tuple[int, tuple[int, ...]]]] = {path: [] for path in points}
+    closed: dict[str, list[Any]] = {}
+    for node in traced.graph.find_nodes(op="call_module"):
+        closed.setdefault(str(node.target), []).append(measured.shapes.get(node.name))
+    with ExitStack() as stack:
+        for path in traced.calls:
+            module = traced.root.get_submodule(path)
+            stack.enter_context(_replaced(module, _scoped(module, path, log, path in blocks)))
+        for path, shapes in closed.items():
+            module = traced.root.get_submodule(path)
+            stack.enter_context(_replaced(module, _played(module.forward, path, shapes, log)))
+        for path in points:
+            module = traced.root.get_submodule(path)
+            stack.enter_context(_replaced(module, _watched(module.forward, path, passes)))
+        for context in (device, fixed_random_state(), put_back(traced.root), log):
+            stack.enter_context(context)
+        traced.root(*inputs.args, **inputs.kwargs)
+    return Observed(log.operators, passes)
+
+
+@contextmanager
+def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give one object another forward for the body."""
+    own = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = own
+
+
+def _scoped(module: nn.Module, path: str, log: Log, is_block: bool) -> Callable[..., Any]:
+    """An opened module's forward, in whose scope operators are noted."""
+    forward = module.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        outer, log.scope = log.scope, path
+        before = left_behind(module) if is_block else []
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            if is_block and left_behind(module) != before:
+                log.note("leaves something behind", ())
+            log.scope = outer
+
+    return run
+
+
+def _played(forward: Callable[..., Any], path: str, shapes: list[Any], log: Log) -> Callable[..., Any]:
+    """A closed module's forward that puts out a map of the shape that it had in the trace, call by call."""
+    waiting = list(shapes)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        log.note(path, (args, kwargs))
+        shape = waiting.pop(0) if waiting else None
+        x = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        log.quiet = True
+        try:
+            return x.new_empty(shape) if x is not None and isinstance(shape, tuple) else forward(*args, **kwargs)
+        finally:
+            log.quiet = False
+
+    return run
+
+
+def _watched(forward: Callable[..., Any], path: str, passes: dict[str, list[Any]]) -> Callable[..., Any]:
+    """A module's forward that notes what enters it, and in which order."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        x = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        passes[path].append((sum(map(len, passes.values())), () if x is None else tuple(x.shape)))
+        return forward(*args, **kwargs)
+
+    return run
+
+
+class _Regulator(nn.Module):
+    """In the place of a regulator: to be found by code that goes over what a block holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.mix_norm = nn.Conv2d(2, 1, 1, device="meta"), nn.BatchNorm2d(1, device="meta")
+
+    def forward(self, *_: Any) -> None:
+        raise RuntimeError("it is called by the block's own code")
+
+
+@contextmanager
+def with_regulators(root: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
+    """Let blocks of a skeleton hold something like a regulator, in the class that they will have, for the body."""
+    modules = [module for path in blocks if "regulator" not in (module := root.get_submodule(path))._modules]
+    regulator = _Regulator()
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(vars(module)["_modules"].pop, "regulator", None)
+            module._modules["regulator"] = regulator
+            stack.callback(leave, module, Block)
+            become(module, Block)
+        yield

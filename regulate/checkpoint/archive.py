@@ -1,0 +1,129 @@
+"""The file: one safetensors archive with a record of what it is in its metadata. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import CheckpointError, first_line
+
+FORMAT_VERSION = 1
+_KEY = "regulate"
+
+
+def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Writes an archive, wholly or not at all: whatever lay at `path` stays until the new file is on the disk.
+
+    Args:
+        path: the file; its folder must exist.
+        tensors: contiguous CPU tensors that share no memory.
+        record: JSON values.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        CheckpointError: the file could not be written, or something else than a file lies at `path`.
+    """
+    text = json.dumps({"format_version": FORMAT_VERSION, **record})
+    with replaced(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary, metadata={"format": "pt", _KEY: text})
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} could not be written: {first_line(error)}; is the disk full?") from error
+
+
+class replaced:
+    """A temporary file that takes a path's place when the `with` block ends well, and vanishes if it does not."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(os.path.realpath(path))  # a link stays a link
+        # Not the whole name, which may be as long as a name can be.
+        self.temporary = self.path.with_name(f".{self.path.name[:40]}.{secrets.token_hex(8)}.tmp")
+
+    def __enter__(self) -> Path:
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {self.path.parent}; create it first")
+        if os.path.lexists(self.path) and not self.path.is_file():
+            raise CheckpointError(
+                f"a file is written over a regular file or where there is none, and {self.path} is {_kind(self.path)}; "
+                "give the path of a file"
+            )
+        self.temporary.touch()
+        self.mode = self.temporary.stat().st_mode
+        return self.temporary
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self.temporary.chmod(self.mode)  # safetensors makes files that only their owner can read
+                _flush(self.temporary)
+                os.replace(self.temporary, self.path)
+                if os.name == "posix":  # elsewhere a folder cannot be opened
+                    _flush(self.path.parent)
+        finally:
+            self.temporary.unlink(missing_ok=True)
+
+
+def _kind(path: Path) -> str:
+    return "a folder" if path.is_dir() else "no regular file"
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads an archive's record and tensors, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is no safetensors file, not a whole one, not from `save`, or of a newer format.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = _record(path, file.metadata() or {})
+            return record, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
+    except (CheckpointError, OSError):
+        raise
+    except Exception as error:  # whatever a parser makes of bytes that anybody may have written
+        raise CheckpointError(
+            f"{path} is not a whole checkpoint of regulate: {first_line(error)}; it is damaged or something else"
+        ) from error
+
+
+def is_archive(path: str | os.PathLike[str]) -> bool:
+    """Check whether `write` made a file; a damaged one counts if its header can be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _KEY in (file.metadata() or {})
+    except Exception:  # whatever a parser makes of bytes that anyone may have written
+        return False
+
+
+def _record(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
+    if _KEY not in metadata:
+        raise CheckpointError(
+            f"{path} was not written by regulate.save; load it into the plain network with load_state_dict, "
+            "then call regulate"
+        )
+    record = json.loads(metadata[_KEY])
+    version = record["format_version"]
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format {version!r}, and this version of regulate reads up to {FORMAT_VERSION}; "
+            "pip install --upgrade torch-regulate"
+        )
+    return dict(record)

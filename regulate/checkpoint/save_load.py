@@ -1,0 +1,264 @@
+"""save and load: a regulated network, or its regulators alone, in one file."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..analysis.meta_copy import duplicate
+from ..analysis.planner import draw
+from ..config import RegulatorConfig
+from ..errors import CheckpointError, RegulateError, first_line, last_line
+from ..inference import is_folded
+from ..nn.cells import CELLS
+from ..rewrite.guard import check_model, check_regulated, regulators, unwrapped
+from ..rewrite.install import prepare
+from ..rewrite.lookup import chains, containers, whole
+from .archive import read, write
+from .compatibility import (
+    blocks,
+    check_backbone,
+    check_identity,
+    check_layout,
+    check_tensors,
+    fingerprint,
+    identity,
+    layout,
+)
+from .rollback import all_or_nothing, is_expanded
+
+File = str | os.PathLike[str]
+
+
+def save(model: nn.Module, path: File, *, regulator_only: bool = False, also: Sequence[str] = ()) -> None:
+    """Writes a regulated network to one safetensors file, with its options and plan in the metadata.
+
+    The file appears wholly or not at all; a killed process leaves what was there before.
+
+    Args:
+        model: a regulated model; a wrapper around one will do.
+        path: the file, usually `*.safetensors`.
+        regulator_only: store only the new tensors, and of every other one a fingerprint, norm statistics
+            included: `load` takes the file only onto the very backbone that they were trained on, which
+            `freeze_backbone` keeps as it is.
+        also: paths of modules to store beside the regulators, such as a new classifier (`["fc"]`).
+
+    Raises:
+        NotRegulatedError: there are no regulators.
+        CheckpointError: the model holds something that cannot be stored: a cell of the user's own, a
+            tensor that is sharded or quantized, folded norms, parts regulated with different options, a regulated
+            stage of which a part was replaced or removed.
+        ValueError: `also` names no tensors, or comes without `regulator_only`.
+        FileNotFoundError: there is no such folder.
+        OSError: the file cannot be written there.
+    """
+    check_regulated(model)
+    model = unwrapped(model)
+    if is_folded(model):
+        raise CheckpointError(
+            "a network that is optimized for inference has lost its norms and cannot be stored; save the original"
+        )
+    state = _state(model)
+    record = {
+        "model": identity(model),
+        "config": options_of(model).to_dict(),
+        "plan": layout(blocks(model)),
+        "content": "regulator" if regulator_only else "all",
+    }
+    if regulator_only:
+        kept = (*(path for path, _ in regulators(model)), *_checked(also, state))
+        record["also"] = list(also)
+        record["backbone"] = fingerprint({key: value for key, value in state.items() if not _under(key, kept)})
+        state = {key: value for key, value in state.items() if _under(key, kept)}
+    elif also:
+        raise ValueError("also= adds to regulator_only=True; without it everything is stored, leave also= out")
+    write(path, state, record)
+
+
+def load(
+    model: nn.Module,
+    path: File,
+    *,
+    input_size: int | Sequence[int] | None = None,
+    example_inputs: Any = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """Regulates a plain network as the saved one was and gives it the saved tensors.
+
+    Args:
+        model: the network without regulators, built as the saved one was: same class, same timm
+            architecture, same number of classes, in the dtype of the file. Left untouched unless `inplace`.
+        path: a file of `save`.
+        input_size: as `regulate` got it.
+        example_inputs: as `regulate` got them.
+        inplace: change and return `model` itself. If the call fails, nothing changed; to that end the call holds
+            a copy of the model's tensors while it lasts.
+
+    Returns:
+        The regulated network, on the model's device and in its training mode.
+
+    Raises:
+        CheckpointError: the file is damaged, foreign, or of a newer format, or does not fit the model; the
+            message says where. With regulators alone: the backbone is not the one they were trained on.
+        AlreadyRegulatedError, UnsupportedModelError: as `regulate` does.
+        FileNotFoundError: there is no such file.
+
+    Example:
+        >>> import tempfile
+        >>> from regulate import regulate
+        >>> from torchvision.models import resnet18
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(regulate(resnet18(), cell="gru"), f"{folder}/model.safetensors")
+        ...     model = load(resnet18(), f"{folder}/model.safetensors")
+        >>> type(model.layer1[0].regulator.cell).__name__
+        'ConvGRUCell'
+    """
+    check_model(model)
+    record, tensors = read(path)
+    inner = unwrapped(model)
+    try:
+        check_identity(record["model"], identity(inner))
+        config = RegulatorConfig.from_dict(record["config"])
+        drawn = draw(model, config, input_size, example_inputs)
+        check_layout(record["plan"], layout([stage.blocks for stage in drawn.stages]))
+        prepared = prepare(inner, drawn, config)
+        base = inner.state_dict()
+        if record["content"] == "regulator":
+            kept = tuple(_checked(record["also"], base))
+            check_backbone(record["backbone"], {key: value for key, value in base.items() if not _under(key, kept)})
+            base = {key: value for key, value in base.items() if _under(key, kept)}
+        check_tensors({**base, **prepared.state_dict()}, tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} does not fit this model: {error}") from error
+    except (RegulateError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be applied to this model: {first_line(error)}") from error
+    target = model if inplace else duplicate(model)
+    try:
+        with all_or_nothing(target) if inplace else nullcontext():
+            prepared.install(unwrapped(target))
+            _fill(unwrapped(target), tensors)
+    except (CheckpointError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} could not be copied into this model, which is as it was: {last_line(error)}"
+        ) from error
+    return target
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a regulated network its tensors. An expanded view follows what it is a view of, and is only compared."""
+    there = model.state_dict()
+    weightless = any(there[key].is_meta for key in tensors)
+    views = set() if weightless else {key for key in tensors if is_expanded(there[key])}
+    # A tensor that was made in inference mode can be written in no other.
+    with torch.inference_mode(any(tensor.is_inference() for tensor in there.values())):
+        model.load_state_dict({k: v for k, v in tensors.items() if k not in views}, strict=False, assign=weightless)
+    for key in views:
+        if not torch.equal(there[key].cpu(), tensors[key]):
+            raise CheckpointError(
+                f"{key} is an expanded view here, which cannot be written, and holds other values in the file; make "
+                "it a tensor of its own (.contiguous())"
+            )
+    for key in () if weightless else _sharing(there, tensors):
+        if not _same(there[key].cpu(), tensors[key]):
+            raise CheckpointError(
+                f"{key} shares memory with another tensor here, and holds other values in the file; the saved network "
+                "did not share them: build this one without tied weights"
+            )
+
+
+def _sharing(there: Mapping[str, Tensor], keys: Iterable[str]) -> list[str]:
+    """The keys of tensors that lie in one memory with another one."""
+    held = {key: there[key].untyped_storage().data_ptr() for key in keys if there[key].numel()}
+    count = Counter(held.values())
+    return [key for key, address in held.items() if count[address] > 1]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same values; one NaN is as good as another."""
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as safetensors takes it: on the CPU, contiguous, no two tensors in one memory."""
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, value in model.state_dict().items():
+        kind = _kind(value) if type(value) in (Tensor, nn.Parameter) else f"a {type(value).__name__}"
+        if kind:
+            raise CheckpointError(
+                f"a checkpoint holds plain tensors, and {key} is {kind}; gather a sharded model first "
+                "(torch.distributed.checkpoint.state_dict.get_model_state_dict), save a quantized one before quantizing"
+            )
+        # A conjugate is a view until it is resolved; its memory holds other numbers.
+        tensor = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        address = tensor.untyped_storage().data_ptr()
+        state[key] = tensor.clone() if address in seen else tensor
+        seen.add(address)
+    return state
+
+
+def _kind(value: Tensor) -> str:
+    """What keeps a tensor out of a file; empty if nothing does."""
+    if value.is_meta:
+        return "on the meta device"
+    if value.layout is not torch.strided:
+        return f"stored as {str(value.layout).removeprefix('torch.')}"
+    if value.dtype in (torch.complex128, torch.complex32):
+        return f"{str(value.dtype).removeprefix('torch.')}, which safetensors does not know"
+    return "a quantized tensor" if value.is_quantized else ""
+
+
+def options_of(model: nn.Module) -> RegulatorConfig:
+    """Return the options that a model was regulated with.
+
+    Raises:
+        CheckpointError: its parts were regulated with different ones, or with a cell that is not in this library.
+    """
+    found = [record.options for _, _, record in containers(model)]
+    _check_whole(model)
+    if any(options != found[0] for options in found):
+        raise CheckpointError(
+            "a checkpoint holds one set of options, and parts of this model were regulated with different ones; "
+            "save the parts one by one"
+        )
+    for _, regulator in regulators(model):
+        if hasattr(regulator, "cell") and not (type(regulator.cell) in CELLS.values() and found[0]["cell"] in CELLS):
+            raise CheckpointError(
+                f"a checkpoint cannot hold the code of a cell of your own, {type(regulator.cell).__name__}; keep the "
+                "code, store model.state_dict(), and load it after regulate(model, cell=...)"
+            )
+    return RegulatorConfig.from_dict(found[0])
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Raise CheckpointError where a regulated stage lost its container or a block."""
+    known = {chain: container for _, container, record in containers(model) for chain in record.chains}
+    entire = whole(model)
+    broken = [chain for chain in chains(model) if chain not in known]
+    broken += [c for c, container in known.items() if not isinstance(container, fx.GraphModule) and c not in entire]
+    if broken:
+        raise CheckpointError(
+            f"a checkpoint says how to regulate the network again, and of {broken[0].name} a block, or the module that "
+            "runs its blocks, was replaced or removed since; store model.state_dict(), or make that change before "
+            "regulate(model)"
+        )
+
+
+def _under(key: str, paths: Iterable[str]) -> bool:
+    return any(key.startswith(f"{path}.") for path in paths)
+
+
+def _checked(also: Sequence[str], state: Mapping[str, Tensor]) -> list[str]:
+    if isinstance(also, str):
+        raise TypeError(f"also must be a list of module paths, got {also!r}; write also=[{also!r}]")
+    for path in also:
+        if not any(_under(key, (path,)) for key in state):
+            top = sorted({key.split(".")[0] for key in state})
+            raise ValueError(f"also must name modules that hold tensors, and {path!r} does not; there are {top}")
+    return list(also)

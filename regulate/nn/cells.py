@@ -1,0 +1,211 @@
+"""The recurrent cells: Eq. (1) of the paper, ConvGRU and ConvLSTM, and their gate convolution.
+
+Cell protocol, for cells of your own as well: an `nn.Module` with
+
+    forward(x, state: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]
+
+`x` is (N, C, H, W), or (N, C, D, H, W) in a 3-D network. The result is the new state, its first
+element the hidden state H of x's shape and dtype; `None` stands for a state of zeros. A cell writes neither
+to x nor to its state. The block replaces the first element by its normalised, rectified H before the state
+travels on, as a plain tuple, to the next block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _compat, kernels
+from ..kernels import reference as equations
+from ..kernels.reference import State, dense_gates, light_gates
+
+Step = Callable[[Tensor, Tensor | None], State]
+
+
+class GateConv(nn.Module):
+    """`W * [X, H] + b` for several gates at once: every matrix product of a cell.
+
+    `"light"` is the paper's two steps: a grouped 1x1 convolution 2C -> C whose group i mixes X_i with
+    H_i, then a depthwise 3x3. A gate has 2C + 9C weights and C biases. `"dense"` is one full 3x3
+    convolution 2C -> C with 18C^2 weights. Gates lie one after the other on the first axis of each
+    parameter: `mix` (G*C, 2, 1, 1), `weight` (G*C, 1, 3, 3) or dense (G*C, 2C, 3, 3), `bias` (G*C,).
+
+    Args:
+        channels: C, the width of X, of H and of each gate.
+        gates: G, how many gates are computed.
+        kernel: `"light"` or `"dense"`.
+        dims: number of spatial axes, 1 to 3.
+
+    Example:
+        >>> gates = GateConv(8, gates=2)
+        >>> i, f = gates(torch.ones(1, 8, 5, 5), torch.zeros(1, 8, 5, 5))
+        >>> i.shape
+        torch.Size([1, 8, 5, 5])
+    """
+
+    mix: nn.Parameter | None
+
+    def __init__(self, channels: int, gates: int, kernel: str = "light", dims: int = 2) -> None:
+        super().__init__()
+        if kernel not in ("light", "dense"):
+            raise ValueError(f"kernel must be 'light' or 'dense', got {kernel!r}")
+        self.channels, self.gates, self.kernel, self.dims = channels, gates, kernel, dims
+        light = kernel == "light"
+        rows, taps, ones = gates * channels, (3,) * dims, (1,) * dims
+        self.mix = nn.Parameter(torch.empty(rows, 2, *ones)) if light else None
+        self.weight = nn.Parameter(torch.empty(rows, 1 if light else 2 * channels, *taps))
+        self.bias = nn.Parameter(torch.empty(rows))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights of standard deviation 1/sqrt(fan_in), biases zero. Draws from the global generator."""
+        for weight in (self.mix, self.weight):
+            if weight is not None:
+                nn.init.normal_(weight, std=1 / math.sqrt(weight[0].numel()))
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, h: Tensor | None, step: Step | None = None) -> tuple[Tensor, ...]:
+        """Gate pre-activations; or, by one pass over the maps, what a cell makes of them.
+
+        Args:
+            x: input, (N, C, H, W).
+            h: hidden state, of x's shape; None for zeros.
+            step: computes the cell's new state from x, h and this module's weights. A cell hands it over unless
+                somebody waits for the gates: a hook on this module that sees its output, a `forward` of another class.
+
+        Returns:
+            One tensor of x's shape per gate; the new state if there is a step.
+        """
+        return self.products(x, torch.zeros_like(x) if h is None else h) if step is None else step(x, h)
+
+    def products(self, x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+        """Gate pre-activations, one tensor of x's shape (N, C, H, W) per gate."""
+        sizes = {"gates": self.gates, "width": self.channels, "dims": self.dims}
+        if self.mix is None:
+            return dense_gates(x, h, self.weight, self.bias, **sizes)
+        return light_gates(x, h, self.mix, self.weight, self.bias, **sizes)
+
+    def extra_repr(self) -> str:
+        """What `print(cell)` shows."""
+        return f"{self.channels}, gates={self.gates}, kernel={self.kernel!r}"
+
+
+class ConvRNNCell(nn.Module):
+    """Eq. (1): `H = tanh(W * [X, H'] + b)`. State: `(H,)`.
+
+    Args:
+        channels: C, width of input and hidden state.
+        kernel: `"light"` or `"dense"`, see `GateConv`.
+        dims: number of spatial axes.
+
+    Example:
+        >>> cell = ConvRNNCell(8)
+        >>> (h,) = cell(torch.ones(1, 8, 5, 5), None)
+        >>> h.shape
+        torch.Size([1, 8, 5, 5])
+    """
+
+    def __init__(self, channels: int, kernel: str = "light", dims: int = 2) -> None:
+        super().__init__()
+        self.gates = GateConv(channels, 1, kernel, dims)
+
+    def forward(self, x: Tensor, state: State | None = None) -> State:
+        """One step. x: (N, C, H, W); state: `(H',)` or None for zeros. Returns `(H,)`."""
+        return _step("rnn", x, state, self.gates)
+
+
+class ConvGRUCell(nn.Module):
+    """ConvGRU (Ballas et al. 2016), with Eq. (1)'s convolution. State: `(H,)`.
+
+    `r, z = sigmoid(W * [X, H'])`, `n = tanh(W * [X, r.H'])`, `H = (1 - z).H' + z.n`. The candidate n
+    convolves the reset state, so it needs a second pass: `gates` holds r and z, `candidate` n.
+
+    Args:
+        channels: C, width of input and hidden state.
+        kernel: `"light"` or `"dense"`, see `GateConv`.
+        dims: number of spatial axes.
+
+    Example:
+        >>> cell = ConvGRUCell(8)
+        >>> (h,) = cell(torch.ones(1, 8, 5, 5), None)
+        >>> h.shape
+        torch.Size([1, 8, 5, 5])
+    """
+
+    def __init__(self, channels: int, kernel: str = "light", dims: int = 2) -> None:
+        super().__init__()
+        self.gates = GateConv(channels, 2, kernel, dims)
+        self.candidate = GateConv(channels, 1, kernel, dims)
+
+    def forward(self, x: Tensor, state: State | None = None) -> State:
+        """One step. x: (N, C, H, W); state: `(H',)` or None for zeros. Returns `(H,)`."""
+        return _step("gru", x, state, self.gates, self.candidate)
+
+
+class ConvLSTMCell(nn.Module):
+    """ConvLSTM (Shi et al. 2015) without peepholes, with Eq. (1)'s convolution. State: `(H, C)`.
+
+    `i, f, g, o = W * [X, H']`, `C = sigmoid(f).C' + sigmoid(i).tanh(g)`, `H = sigmoid(o).tanh(C)`.
+    The forget gate's bias starts at 1.
+
+    Args:
+        channels: C, width of input, hidden and cell state.
+        kernel: `"light"` or `"dense"`, see `GateConv`.
+        dims: number of spatial axes.
+
+    Example:
+        >>> cell = ConvLSTMCell(8)
+        >>> h, c = cell(torch.ones(1, 8, 5, 5), None)
+        >>> h.shape == c.shape
+        True
+    """
+
+    def __init__(self, channels: int, kernel: str = "light", dims: int = 2) -> None:
+        super().__init__()
+        self.gates = GateConv(channels, 4, kernel, dims)
+        with torch.no_grad():
+            self.gates.bias[channels : 2 * channels].fill_(1.0)
+
+    def forward(self, x: Tensor, state: State | None = None) -> State:
+        """One step. x: (N, C, H, W); state: `(H', C')` or None for zeros. Returns `(H, C)`."""
+        return _step("lstm", x, state, self.gates)
+
+
+def _step(name: str, x: Tensor, state: State | None, *convs: GateConv) -> State:
+    """One step of a cell. Each gate convolution is called, the first one with a step that calls the next one."""
+    if not all(_takes_steps(conv) for conv in convs):
+        return getattr(equations, name)(x, state, *convs)  # type: ignore[no-any-return]
+    h, *rest = state or (None,)
+
+    return _called(name, convs, rest, 0, x, h)
+
+
+def _called(name: str, convs: tuple[GateConv, ...], rest: list[Tensor], at: int, x: Tensor, h: Tensor | None) -> State:
+    """Call the gate convolutions from one on, each inside of the one before."""
+    if at < len(convs):
+        # Not a function in a function, which would refer to itself and keep the state until it is collected.
+        return convs[at](x, h, partial(_called, name, convs, rest, at + 1))  # type: ignore[no-any-return]
+    return _in_one(name, x, None if h is None else (h, *rest), convs)
+
+
+def _in_one(name: str, x: Tensor, state: State | None, convs: tuple[GateConv, ...]) -> State:
+    """The step by the kernel that fits, or by the equations."""
+    weights: Any = tuple((conv.mix, conv.weight, conv.bias) for conv in convs)
+    fast = kernels.step(name, x, state, weights)
+    if fast is not None:
+        return fast
+    return getattr(equations, name)(x, state, *(conv.products for conv in convs))  # type: ignore[no-any-return]
+
+
+def _takes_steps(conv: nn.Module) -> bool:
+    """Whether a gate convolution may be asked for more than its gates."""
+    own = type(conv).forward is GateConv.forward and "forward" not in conv.__dict__
+    return own and conv.mix is not None and not _compat.is_watched(conv)
+
+
+CELLS = {"rnn": ConvRNNCell, "gru": ConvGRUCell, "lstm": ConvLSTMCell}

@@ -1,0 +1,167 @@
+"""The start: a fusion that computes what was there before, in eval mode exactly, in train mode nearly.
+
+Exactly means bit by bit, on the CPU, in float32 and float64; half types round once more per fusion.
+
+With the weight `[I | 0]` the hidden state contributes nothing yet, and with running mean m, running
+variance v, weight sqrt(v + eps) and bias m a batch norm is the identity in eval mode. In train mode it
+normalises by the batch's statistics instead, and stays nearly the identity if m and v are the true
+ones. They need no data: the map is act(z) with z ~ Normal(beta, gamma^2), beta and gamma the affine
+parameters of the norm before it.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .._compat import BatchNorm
+from ..analysis.provenance import Source
+from .regulator import Fusion
+from .scale import scale_of
+
+_POINTS = 801
+_REACH = 8.0
+
+
+def moments(model: nn.Module, sources: Sequence[Source], width: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel of a map, from the norms that made it.
+
+    Args:
+        model: the network; only read.
+        sources: the map's channels in order; none stands for unit statistics.
+        width: number of channels.
+
+    Returns:
+        Mean and variance, both (width,), float64 on the CPU.
+    """
+    parts = [_moments(model, source) for source in sources or (Source(width),)]
+    return torch.cat([mean for mean, _ in parts]), torch.cat([variance for _, variance in parts])
+
+
+def _moments(model: nn.Module, source: Source) -> tuple[Tensor, Tensor]:
+    unit = torch.zeros(source.channels, dtype=torch.float64), torch.ones(source.channels, dtype=torch.float64)
+    if not source.norm:
+        return unit
+    norm = model.get_submodule(source.norm)
+    part = slice(source.start, source.start + source.channels)
+    gamma, beta = (
+        getattr(norm, name)[part] if getattr(norm, name) is not None else None for name in ("weight", "bias")
+    )
+    if (gamma is not None and gamma.is_meta) or (beta is not None and beta.is_meta):
+        return unit
+    sigma = unit[1] if gamma is None else gamma.detach().double().cpu().abs()
+    center = unit[0] if beta is None else beta.detach().double().cpu()
+    mean, variance = _after(_activation(model, source.activation), source.activation, center, sigma)
+    half = 0.5**source.gate
+    return mean * half, variance * half**2
+
+
+def _after(
+    activation: Callable[[Tensor], Tensor] | None, name: str, center: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor]:
+    if name == "relu":
+        return relu_moments(center, sigma)
+    return (center, sigma**2) if activation is None else quadrature_moments(activation, center, sigma)
+
+
+def relu_moments(center: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of ReLU(z), z ~ Normal(center, sigma^2), in closed form.
+
+    Args:
+        center: (C,), float64.
+        sigma: (C,), float64, not negative.
+
+    Example:
+        >>> mean, variance = relu_moments(torch.zeros(1).double(), torch.ones(1).double())
+        >>> round(mean.item(), 4), round(variance.item(), 4)
+        (0.3989, 0.3408)
+    """
+    a = center / sigma.clamp(min=1e-12)
+    below = 0.5 * torch.erfc(-a / math.sqrt(2))
+    density = torch.exp(-0.5 * a**2) / math.sqrt(2 * math.pi)
+    mean = center * below + sigma * density
+    square = (center**2 + sigma**2) * below + center * sigma * density
+    return mean, (square - mean**2).clamp(min=0)
+
+
+def quadrature_moments(activation: Callable[[Tensor], Tensor], center: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of activation(z), z ~ Normal(center, sigma^2), by the trapezoidal rule.
+
+    Args:
+        activation: elementwise, (points, C, 1, 1) to the same shape.
+        center: (C,), float64.
+        sigma: (C,), float64, not negative.
+    """
+    at = torch.linspace(-_REACH, _REACH, _POINTS, dtype=torch.float64)
+    share = torch.exp(-0.5 * at**2)
+    share = (share / share.sum())[:, None]
+    with torch.no_grad():
+        y = activation((center + at[:, None] * sigma)[:, :, None, None])[:, :, 0, 0]
+    mean = (share * y).sum(0)
+    return mean, (share * (y - mean) ** 2).sum(0)
+
+
+def _activation(model: nn.Module, name: str) -> Callable[[Tensor], Tensor] | None:
+    """The activation that a `Source` names, as a float64 function on the CPU."""
+    if name in ("none", "relu"):
+        return None
+    kind, _, path = name.partition(":")
+    if kind == "module":
+        module = copy.deepcopy(model.get_submodule(path)).double().cpu().eval()
+        return lambda x: module(x)
+    owner, _, last = path.rpartition(".")
+    home = torch.Tensor if owner == "torch.Tensor" else importlib.import_module(owner)
+    function: Callable[[Tensor], Tensor] = getattr(home, last)
+    return function
+
+
+def settle(fusion: Fusion, mean: Tensor, variance: Tensor) -> None:
+    """Makes a fusion with batch norm the identity: `[I | 0]` and the norm's statistics and affine.
+
+    Args:
+        fusion: in the paper's form; its weight and norm are overwritten.
+        mean: (M,), of the map at the write point.
+        variance: (M,).
+    """
+    norm = fusion.mix_norm
+    assert isinstance(norm, BatchNorm) and norm.running_mean is not None
+    assert norm.running_var is not None
+    with torch.no_grad():
+        nn.init.dirac_(fusion.mix.weight)
+        norm.running_mean.copy_(mean)
+        norm.bias.copy_(norm.running_mean)
+        for target, values in zip((norm.running_var, norm.weight), _inverse_pair(variance, norm), strict=True):
+            target.copy_(values)
+
+
+def _inverse_pair(variance: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """Variance and gain with gain / sqrt(variance + eps) = 1 as the backend rounds it: eval is exact then.
+
+    A batch norm computes x * scale + (bias - mean * scale), so with mean = bias only the scale can be off.
+    The variance gives way by a few units in the last place until there is a gain whose scale is 1.
+    """
+    assert norm.running_var is not None
+    variance = variance.to(norm.running_var)
+    step = torch.finfo(variance.dtype).eps
+    for _ in range(32):
+        gain = (variance + norm.eps).sqrt()
+        for towards in (0.0, torch.inf):
+            other = torch.nextafter(gain, torch.full_like(gain, towards))
+            better = (scale_of(variance, gain, norm.eps) != 1) & (scale_of(variance, other, norm.eps) == 1)
+            gain = torch.where(better, other, gain)
+        missed = scale_of(variance, gain, norm.eps) != 1
+        if variance.is_meta or not missed.any():
+            break
+        variance = torch.where(missed, variance + step * (variance + norm.eps), variance)
+    return variance, gain
+
+
+def is_settled(fusion: Fusion) -> bool:
+    """Whether the hidden state contributes nothing to the fusion yet: its weight is still `[I | 0]`."""
+    weight = fusion.mix.weight
+    return torch.equal(weight, nn.init.dirac_(torch.empty_like(weight)))

@@ -1,0 +1,89 @@
+"""The layers of a fusion: torch's own classes, whose `forward` takes a faster way where the tensors allow it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from .. import kernels
+
+
+class BatchNormReLU2d(nn.BatchNorm2d):
+    """`ReLU(batch_norm(x))`: a batch norm whose output is rectified.
+
+    Arguments, parameters and buffers are those of `torch.nn.BatchNorm2d`. In training on the CPU both are one pass
+    over the map, and so they are in eval mode without gradients.
+
+    Example:
+        >>> norm = BatchNormReLU2d(8)
+        >>> norm(torch.randn(2, 8, 5, 5)).min().item()
+        0.0
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise and rectify (N, C, H, W); running statistics move as in `torch.nn.BatchNorm2d`."""
+        if isinstance(input, fx.Proxy):
+            return _call_in_graph(self, input)
+        fast = kernels.norm_relu(self, input)
+        return F.relu(super().forward(input)) if fast is None else fast
+
+
+class ScaleReLU(nn.Module):
+    """`ReLU(x * scale + shift)`, channel by channel: what is left of a rectified batch norm in inference.
+
+    Args:
+        scale: (C,).
+        shift: (C,).
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W), or any number of axes behind C, to the same."""
+        fast = None if torch.is_grad_enabled() else kernels.scale_relu(x, self.scale, self.shift)
+        if fast is not None:
+            return fast
+        ones = (1,) * (x.dim() - 2)
+        return F.relu(x * self.scale.view(-1, *ones) + self.shift.view(-1, *ones))
+
+
+class Mix2d(nn.Conv2d):
+    """A 1x1 convolution of the concatenation of two maps, which need not be concatenated for it.
+
+    Arguments and parameters are those of `torch.nn.Conv2d`; called with one map it is that convolution.
+
+    Example:
+        >>> mix, x, h = Mix2d(8, 5, 1), torch.randn(2, 5, 4, 4), torch.randn(2, 3, 4, 4)
+        >>> torch.allclose(mix(x, h), mix(torch.cat([x, h], 1)), atol=1e-6)
+        True
+    """
+
+    def forward(self, input: Tensor, second: Tensor | None = None) -> Tensor:
+        """Convolve (N, C, H, W) or, of two maps, (N, A, H, W) and (N, C - A, H, W)."""
+        if second is None:
+            return super().forward(input)
+        fast = kernels.mixed(input, second, self.weight, self.bias) if self._is_1x1() else None
+        if fast is not None:
+            return fast
+        both = kernels.joined(input, second)
+        if isinstance(both, fx.Proxy):
+            return _call_in_graph(self, both)
+        return kernels.laid_out_as(input, super().forward(both))
+
+    def _is_1x1(self) -> bool:
+        """Whether it is what `kernels.mixed` computes; the weight may be anybody's."""
+        return self.stride == (1, 1) and self.padding == (0, 0) and self.groups == 1
+
+
+def _call_in_graph(module: nn.Module, x: Any) -> Any:
+    """Stay one call in a graph of torch.fx, as torch's own layers do: its tracers look into all other classes."""
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})

@@ -1,0 +1,132 @@
+"""What one block owns of its regulator: the norm of H and the fusion of H into the block."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.reference import State
+from .layers import BatchNormReLU2d, Mix2d, ScaleReLU
+
+_BATCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+CONV = {1: nn.Conv1d, 2: Mix2d, 3: nn.Conv3d}
+# No union: before torch 2.9 its compiler knows none.
+_RECTIFYING = (BatchNormReLU2d, ScaleReLU)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Which norm new maps get: it follows the block's.
+
+    Args:
+        kind: `"batch"`, `"group"` or `"none"`.
+        eps: added to the variance.
+        momentum: of the running statistics; `None` is the cumulative average. Batch norm only.
+        groups: wished number of groups, reduced to a divisor of the width. Group norm only.
+    """
+
+    kind: str
+    eps: float = 1e-5
+    momentum: float | None = 0.1
+    groups: int = 32
+
+    def build(self, channels: int, dims: int, rectified: bool = False) -> nn.Module:
+        """A fresh norm for maps of `channels` channels and `dims` spatial axes.
+
+        Args:
+            channels: C.
+            dims: number of spatial axes.
+            rectified: a ReLU follows; a batch norm of images then does that as well.
+        """
+        if self.kind == "batch" and dims == 2 and rectified:
+            return BatchNormReLU2d(channels, eps=self.eps, momentum=self.momentum)
+        if self.kind == "batch":
+            return _BATCH[dims](channels, eps=self.eps, momentum=self.momentum)
+        if self.kind == "group":
+            return nn.GroupNorm(math.gcd(self.groups, channels), channels, eps=self.eps)
+        return nn.Identity()
+
+
+class Fusion(nn.Module):
+    """Normalises H and fuses it into the block: the H line and the 1x1 fusion of Eq. (2) and (3).
+
+        H = ReLU(norm(H));   y = act(norm(W * concat[x, H]))            (the paper's form)
+        H = ReLU(norm(H));   y = act(x + norm(W * concat[x, H]))        (`skip=True`)
+
+    The paper's form needs a norm with running statistics to start as the identity; the second form is
+    for norms without, for norm-free networks, and for `fusion="residual"` (no norm, no activation).
+
+    Args:
+        read: R, width of the hidden state.
+        write: M, width of the map that H is fused into; W is 1x1, M + R -> M, without bias.
+        norm: the norm of H, and of the fused map if `normalise`.
+        normalise: whether the fused map is normalised.
+        skip: whether x is added to the fused map.
+        activation: `"relu"`, `"relu6"`, `"hardtanh"` or `"none"`. Only an activation that leaves every
+            possible x as it is keeps the identity start.
+        dims: number of spatial axes.
+        cell: the stage's shared cell; the first block of a stage owns it.
+    """
+
+    folded = False  # by optimize_for_inference
+
+    def __init__(
+        self,
+        read: int,
+        write: int,
+        norm: Norm,
+        *,
+        normalise: bool = True,
+        skip: bool = False,
+        activation: str = "relu",
+        dims: int = 2,
+        cell: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if cell is not None:
+            self.cell = cell
+        rectified = activation == "relu" and not skip
+        self.hidden_norm = norm.build(read, dims, rectified=True)
+        self.mix = CONV[dims](write + read, write, 1, bias=False)
+        self.mix_norm = norm.build(write, dims, rectified) if normalise else nn.Identity()
+        self.skip, self.activation = skip, activation
+
+    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """Fuses one step's memory into the block.
+
+        Args:
+            x: the map at the write point, (N, M, H, W).
+            state: what the cell returned, first the raw hidden state (N, R, H, W).
+
+        Returns:
+            The fused map, (N, M, H, W), and the state for the next block, its first element the
+            normalised and rectified H; the rest travels raw.
+        """
+        h = _rectified(self.hidden_norm, state[0])
+        # Any other module in the convolution's place takes one map.
+        fused = self.mix(x, h) if isinstance(self.mix, Mix2d) else self.mix(torch.cat([x, h], 1))
+        if self.activation == "relu" and not self.skip:
+            return _rectified(self.mix_norm, fused), (h, *state[1:])
+        fused = self.mix_norm(fused)
+        return self._activate(x + fused if self.skip else fused), (h, *state[1:])
+
+    def _activate(self, x: Tensor) -> Tensor:
+        if self.activation == "relu":
+            return F.relu(x)
+        if self.activation == "relu6":
+            return F.relu6(x)
+        return F.hardtanh(x) if self.activation == "hardtanh" else x
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"skip={self.skip}, activation={self.activation!r}"
+
+
+def _rectified(norm: nn.Module, x: Tensor) -> Tensor:
+    """`ReLU(norm(x))`; a norm that another tool has put in the place of ours does not rectify."""
+    y: Tensor = norm(x)
+    return y if isinstance(norm, _RECTIFYING) else F.relu(y)

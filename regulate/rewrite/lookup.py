@@ -1,0 +1,126 @@
+"""What regulated modules carry beside their regulators, and finding it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from ..errors import NotRegulatedError, UnsupportedModelError
+from ..schema.plan import Stage
+from ..utils.paths import join
+from .carrier import Chain, Place
+
+# Attributes on instances, so that classes can be cached and copies carry them.
+PLACE = "_regulate_place"  # of a block: its `Place`
+POINTS = "_regulate_points"  # of a module at a read or write point: its `Point`s
+RECORD = "_regulate_record"  # of a container: its `Record`; of a graph in its `meta`, which copies keep
+CHAIN = "_regulate_chain"  # of a fusion that a graph calls: its `Chain`
+
+
+@dataclass(frozen=True)
+class Point:
+    """The role of a module at a read or write point.
+
+    Args:
+        place: its block's.
+        reads: whether the map that enters it feeds the memory.
+        writes: whether the fused map enters it instead.
+    """
+
+    place: Place
+    reads: bool
+    writes: bool
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was done below a container.
+
+    Args:
+        stages: the stages that it runs, their paths relative to it.
+        chains: the identity of each stage.
+        options: the plan's options.
+    """
+
+    stages: tuple[Stage, ...]
+    chains: tuple[Chain, ...]
+    options: dict[str, Any]
+
+
+def place_of(module: nn.Module) -> Place | None:
+    """Return the place of a regulated block, None for any other module."""
+    return vars(module).get(PLACE)
+
+
+def containers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Record]]:
+    """Yield path, module and record of everything in the model that runs regulated stages."""
+    for path, module in model.named_modules():
+        record = vars(module).get(RECORD) or (isinstance(module, fx.GraphModule) and module.meta.get(RECORD))
+        if record:
+            yield path, module, record
+
+
+def regulated_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield path and module of every regulated block."""
+    return ((path, module) for path, module in model.named_modules() if place_of(module) is not None)
+
+
+def chains(model: nn.Module) -> tuple[Chain, ...]:
+    """Return the chains that have a block in the model."""
+    held = [vars(module).get(PLACE) or vars(module).get(CHAIN) for module in model.modules()]
+    found = [one.chain if isinstance(one, Place) else one for one in held if one is not None]
+    return tuple({id(chain): chain for chain in found}.values())
+
+
+def regulators(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield path and module of every block's regulator, in the model's order of blocks."""
+    for path, module in model.named_modules():
+        if CHAIN in vars(module):
+            yield path, module
+        elif PLACE in vars(module) and module._modules.get("regulator") is not None:
+            yield join(path, "regulator"), module.get_submodule("regulator")
+
+
+def is_regulated(model: nn.Module) -> bool:
+    """Check whether the model carries regulators.
+
+    Args:
+        model: any module.
+
+    Example:
+        >>> from regulate import regulate
+        >>> from torchvision.models import resnet18
+        >>> is_regulated(resnet18()), is_regulated(regulate(resnet18()))
+        (False, True)
+    """
+    return any(True for _ in regulators(model))
+
+
+def check_regulated(model: nn.Module) -> None:
+    """Raise NotRegulatedError for a model without regulators."""
+    if not is_regulated(model):
+        raise NotRegulatedError(
+            f"this needs a regulated model, and {type(model).__name__} has no regulators; call regulate(model) first"
+        )
+
+
+def whole(model: nn.Module) -> set[Chain]:
+    """Return the chains of which every block is in the model, at its place."""
+    at: dict[Chain, set[int]] = {}
+    for _, block in regulated_blocks(model):
+        place: Place = vars(block)[PLACE]
+        at.setdefault(place.chain, set()).add(place.index)
+    return {chain for chain, indices in at.items() if len(indices) == chain.length}
+
+
+def check_blocks_are_called(model: nn.Module) -> None:
+    """Raise the fitting error for a model without regulators, or one whose blocks are nodes of a graph."""
+    check_regulated(model)
+    if any(CHAIN in vars(module) for module in model.modules()):
+        raise UnsupportedModelError(
+            "this follows the calls of blocks, and in a GraphModule blocks are nodes; regulate the network that the "
+            "graph was traced from and look into that"
+        )

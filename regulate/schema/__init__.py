@@ -1,0 +1,1 @@
+"""Plans as values: names and numbers, without torch.fx and without modules."""

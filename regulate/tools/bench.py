@@ -1,0 +1,282 @@
+"""What a regulator costs: time, throughput and memory of a network, plain and regulated in turn."""
+
+from __future__ import annotations
+
+import multiprocessing
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..analysis.planner import draw
+from ..api import regulate
+from ..config import RegulatorConfig
+from .open_model import backbone_and_options, open_model
+
+PLAIN, REGULATED = "plain", "regulated"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured, and how.
+
+    Args:
+        model: a timm name, torchvision/NAME, cifar/DEPTH, or a folder of `save_pretrained`.
+        config: the regulators.
+        train: a training step (forward, backward, SGD with momentum) instead of inference.
+        batch: N.
+        size: H = W of the images; the model's own if None.
+        device: `"cpu"` or `"cuda"`.
+        amp: under autocast to bfloat16.
+        channels_last: weights and images in channels last.
+        compile: with torch.compile.
+        checkpointing: with gradient checkpointing, of networks that have timm's `set_grad_checkpointing`.
+        rounds: measured steps of each network; two more warm up.
+        stages: also with one stage regulated at a time.
+        weights: a file to load into the network, see `open_model`.
+        num_classes: width of the classifier; the library's if None.
+        in_chans: channels of the image; the library's if None.
+    """
+
+    model: str
+    config: RegulatorConfig
+    train: bool = False
+    batch: int = 8
+    size: int | None = None
+    device: str = "cpu"
+    amp: bool = False
+    channels_last: bool = False
+    compile: bool = False
+    checkpointing: bool = False
+    rounds: int = 10
+    stages: bool = False
+    weights: str | None = None
+    num_classes: int | None = None
+    in_chans: int | None = None
+
+    def network(self) -> nn.Module:
+        """Build the plain network."""
+        opened = open_model(
+            self.model,
+            weights=self.weights,
+            num_classes=self.num_classes,
+            in_chans=self.in_chans,
+            config=self.config,
+        )
+        return backbone_and_options(opened, self.config)[0]
+
+
+def measure(setting: Setting) -> dict[str, Any]:
+    """Measures a network, plain and regulated in turn (A B A B), so that a slow minute slows both.
+
+    Args:
+        setting: see `Setting`.
+
+    Returns:
+        A dict for JSON: `seconds` per step (medians), `throughput` in images per second and `peak_bytes`
+        (None where it cannot be measured) of each network, `ratio` of each to the plain one, the
+        `arithmetic` ratio of multiply-adds (None where torch does not count them), the setting and the machine.
+    """
+    config = setting.config
+    drawn = draw(setting.network(), config, setting.size and (setting.size, setting.size))
+    networks: dict[str, RegulatorConfig | None] = {PLAIN: None, REGULATED: config}
+    if setting.stages:
+        options = {name: getattr(config, name) for name in config.__dataclass_fields__}
+        networks |= {stage.name: RegulatorConfig(**{**options, "stages": (stage.name,)}) for stage in drawn.stages}
+    size = drawn.input_size[-1]
+    steps = {name: step(setting, one, size) for name, one in networks.items()}
+    seconds = {name: statistics.median(own) for name, own in in_turn(steps, setting.rounds, setting.device).items()}
+    peaks = {name: peak_bytes(setting, networks[name], size) for name in (PLAIN, REGULATED)}
+    return {
+        "setting": {**asdict(setting), "config": config.to_dict(), "size": size},
+        "machine": machine(setting.device),
+        "seconds": seconds,
+        "throughput": {name: setting.batch / value for name, value in seconds.items()},
+        "peak_bytes": peaks,
+        "ratio": {name: value / seconds[PLAIN] for name, value in seconds.items()},
+        "memory_ratio": (peaks[REGULATED] or 0) / (peaks[PLAIN] or 1) or None,
+        "arithmetic": 1 + drawn.macs / drawn.base_macs if drawn.base_macs else None,
+    }
+
+
+def step(setting: Setting, config: RegulatorConfig | None, size: int) -> Callable[[], None]:
+    """One step of a fresh network on random images; `config` None is the plain one."""
+    torch.manual_seed(0)
+    model = setting.network()
+    _wake(model)
+    if config is not None:
+        regulate(model, config=config, inplace=True)
+    if setting.checkpointing:
+        switch = getattr(model, "set_grad_checkpointing", None)
+        if switch is None:
+            raise ValueError(f"--checkpointing needs a network with set_grad_checkpointing; {setting.model} has none")
+        switch(True)
+    return step_of(model, setting, size)
+
+
+def _wake(model: nn.Module) -> None:
+    """Gives zero-initialised norms a weight: a trained network does not compute with zeros and vanishing gradients."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("weight") and parameter.dim() == 1 and not parameter.any():
+                parameter.fill_(0.5)
+
+
+def step_of(model: nn.Module, setting: Setting, size: int) -> Callable[[], None]:
+    """One step of a network on random images, (N, C, size, size)."""
+    form = torch.channels_last if setting.channels_last else torch.contiguous_format
+    model = model.train(setting.train).to(setting.device).to(memory_format=form)  # type: ignore[call-overload]
+    channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    images = torch.randn(setting.batch, channels, size, size, device=setting.device).to(memory_format=form)
+    run = torch.compile(model) if setting.compile else model
+    mixed: Any = torch.autocast(setting.device, torch.bfloat16) if setting.amp else nullcontext()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6, 0.9)
+
+    def inference() -> None:
+        with torch.no_grad(), mixed:
+            run(images)
+
+    def training() -> None:
+        optimizer.zero_grad()
+        with mixed:
+            loss = _loss(run(images))
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return training if setting.train else inference
+
+
+def _loss(out: Any) -> Tensor:
+    """Some number of every tensor in a model's output."""
+    parts = out.values() if isinstance(out, Mapping) else out if isinstance(out, (tuple, list)) else ()
+    return sum((_loss(part) for part in parts), torch.zeros(())) if parts else out.float().square().mean()
+
+
+def in_turn(steps: Mapping[str, Callable[[], None]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds of each step, one after the other, `rounds` times; two rounds before that are not counted."""
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds + 2):
+        for name, run in steps.items():
+            seconds = _on_gpu(run) if device == "cuda" else _on_cpu(run)
+            if turn >= 2:
+                found[name].append(seconds)
+    return found
+
+
+def _on_cpu(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _on_gpu(run: Callable[[], None]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    start.record()  # type: ignore[no-untyped-call]
+    run()
+    end.record()  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) / 1e3  # type: ignore[no-untyped-call]
+
+
+def peak_bytes(setting: Setting, config: RegulatorConfig | None, size: int) -> int | None:
+    """The most memory that building the network and two steps take, weights included.
+
+    On a GPU what torch allocates; on the CPU the resident set of a process of its own, less what it was
+    before the network was built. None there if the network is compiled, and where the system does not tell
+    (it is read from /proc).
+    """
+    if setting.device == "cuda":
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        _twice(step(setting, config, size))
+        return torch.cuda.max_memory_allocated() - before
+    # A compiled network's peak is that of the compiler.
+    if setting.compile or not Path("/proc/self/clear_refs").exists():
+        return None
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_resident_peak, (setting, config, size, torch.get_num_threads(), kernels.setting()))
+
+
+def _twice(run: Callable[[], None]) -> None:
+    run()
+    run()
+
+
+def _resident_peak(setting: Setting, config: RegulatorConfig | None, size: int, threads: int, form: str) -> int:
+    torch.set_num_threads(threads)
+    setting.network()  # imports what there is to import
+    with kernels.use(form):
+        return resident_peak(lambda: _twice(step(setting, config, size)))
+
+
+def resident_peak(work: Callable[[], object]) -> int:
+    """How far the resident set of this process rises during some work, in bytes. Linux."""
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
+    work()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Return the processor, its threads, the versions, the kernels in use and their instruction set."""
+    processor = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    reason = kernels.why_no_native()
+    return {
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "native": reason or "on",
+        "instruction set": kernels.instruction_set(),
+        "kernels": kernels.setting(),
+    }
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def report(found: Mapping[str, Any]) -> str:
+    """The figures as text."""
+    setting, here = found["setting"], found["machine"]
+    config = setting["config"]
+    lines = [
+        f"{setting['model']}, {config['cell']} {config['kernel']}, {'train step' if setting['train'] else 'eval'}, "
+        f"batch {setting['batch']}, {setting['size']}x{setting['size']}, "
+        f"{'bfloat16 autocast' if setting['amp'] else 'float32'}, "
+        f"{'channels last' if setting['channels_last'] else 'NCHW'}, {'compiled' if setting['compile'] else 'eager'}"
+        f"{', gradient checkpointing' if setting['checkpointing'] else ''}",
+        f"{here['processor']}, {here['threads']} threads, torch {here['torch']}, kernels {here['kernels']}, "
+        f"native {here['instruction set'] or here['native']}",
+        f"{'':24}{'ms':>10}{'images/s':>11}{'ratio':>9}{'peak MiB':>11}",
+    ]
+    for name, seconds in found["seconds"].items():
+        peak = found["peak_bytes"].get(name)
+        lines.append(
+            f"{name if name in (PLAIN, REGULATED) else 'only ' + name:24}{seconds * 1e3:10.1f}"
+            f"{found['throughput'][name]:11.1f}{found['ratio'][name]:9.3f}{f'{peak / 2**20:,.0f}' if peak else '':>11}"
+        )
+    ratios = {"multiply-adds": found["arithmetic"], "peak memory": found["memory_ratio"]}
+    known = [f"{name} {ratio:.3f}" for name, ratio in ratios.items() if ratio]
+    return "\n".join([*lines, f"{', '.join(known)} of the plain network's"] if known else lines)

@@ -1,0 +1,1 @@
+"""What belongs to training a regulated network: calibration, freezing, watching gradients."""

@@ -1,0 +1,97 @@
+"""The structure that docs/contributing.md shows: direction of imports, sizes, and the picture."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+import regulate
+from regulate import _moved
+
+from .house import BEGIN, END, PAGE, ROOT, house, with_picture
+
+# Each room may import the rooms of the rows above its own, and none of its own row or below.
+ORDER = (
+    ("errors", "config", "_compat", "models"),
+    ("utils",),
+    ("schema", "kernels"),
+    ("nn",),
+    ("analysis",),
+    ("rewrite",),
+    ("training", "inference"),
+    ("api",),
+    ("checkpoint", "inspect", "testing"),
+    ("timm",),
+    ("tools",),
+    ("__init__", "_moved", "__main__"),
+)
+FILES = [path for path in (ROOT / "regulate").rglob("*") if path.suffix in (".py", ".cpp", ".h")]
+
+
+def test_imports_go_one_way():
+    row = {name: number for number, names in enumerate(ORDER) for name in names}
+    assert set(row) >= set(house().arrows), "a new room needs its place in ORDER"
+    wrong = {(name, below) for name, found in house().arrows.items() for below in found if row[below] >= row[name]}
+    assert wrong <= {("__init__", "_moved")}
+
+
+def test_the_map_can_be_kept_in_mind():
+    found = house()
+    assert len(found.arrows) <= 21
+    assert len(found.floors()) <= 10
+    assert sum(map(len, found.arrows.values())) <= 75
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_are_short(path):
+    assert len(path.read_text().splitlines()) <= (250 if path.suffix == ".py" else 300)
+    if path.suffix == ".py":
+        functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+        long = [f.name for f in functions if _lines(f) > 40]
+        assert not long
+
+
+def _lines(function: ast.FunctionDef) -> int:
+    """The lines of a function's body; a docstring is as long as it must be."""
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
+
+
+def test_the_picture_is_current():
+    text = PAGE.read_text()
+    assert BEGIN in text and END in text
+    assert with_picture(text) == text, "run python -m tests.house --write"
+
+
+def test_no_module_is_shadowed_by_a_function():
+    for info in pkgutil.walk_packages(regulate.__path__, "regulate."):
+        if info.name.endswith(("__main__", "triton_kernels")):
+            continue
+        importlib.import_module(info.name)
+        owner, _, name = info.name.rpartition(".")
+        assert getattr(sys.modules[owner], name) is sys.modules[info.name]
+
+
+@pytest.mark.parametrize("old", sorted(_moved.MOVED))
+def test_old_names_import_with_a_warning(old):
+    sys.modules.pop(old, None)
+    with pytest.warns(DeprecationWarning, match=_moved.MOVED[old]):
+        moved = importlib.import_module(old)
+    new = importlib.import_module(_moved.MOVED[old])
+    public = [name for name in vars(new) if not name.startswith("_")]
+    assert public and all(getattr(moved, name) is getattr(new, name) for name in public)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        importlib.import_module(_moved.MOVED[old])
+
+
+def test_nothing_but_the_command_line_imports_the_tools():
+    code = "import sys, regulate; print([m for m in sys.modules if m.startswith('regulate.tools')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
