@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .analysis.meta_copy import duplicate
-from .analysis.planner import draw
+from .analysis.planner import make_plan
 from .config import RegulatorConfig
-from .rewrite.guard import check_regulated, regulators, unwrapped
+from .rewrite.guard import check_model, check_regulated, regulators, unwrapped
 from .rewrite.install import check_removable, prepare, uninstall
 from .schema.plan import Plan
 from .training.freezing import release
@@ -87,10 +87,12 @@ def regulate(
         True
     """
     options = _options(cell, kernel, fusion, init, norm, stages, seed, config)
-    drawn = draw(model, options, input_size, example_inputs)
-    drawn.warn_if_wide()
+    check_model(model)
+    planned = make_plan(unwrapped(model), options, input_size, example_inputs)
+    planned.warn_if_wide()
+    prepared = prepare(unwrapped(model), planned, options)
     target = model if inplace else duplicate(model)
-    prepare(unwrapped(model), drawn, options).install(unwrapped(target))
+    prepared.install(unwrapped(target))
     return target
 
 
@@ -138,7 +140,8 @@ def plan(
         (['layer1', 'layer2', 'layer3', 'layer4'], 2576128)
     """
     options = _options(cell, kernel, fusion, init, norm, stages, seed, config)
-    return draw(model, options, input_size, example_inputs)
+    check_model(model)
+    return make_plan(unwrapped(model), options, input_size, example_inputs)
 
 
 def unregulate(model: nn.Module) -> nn.Module:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ._compat import BatchNorm
 from .errors import UnsupportedModelError
+from .kernels.scale import scale_and_shift
 from .nn.layers import ScaleReLU
 from .nn.regulator import CONV, Fusion
-from .nn.scale import scale_and_shift
 from .rewrite.guard import check_regulated, regulators, unwrapped
 
 

@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoint.compatibility import blocks
 from .nn.cells import ConvGRUCell, ConvLSTMCell, GateConv
 from .nn.regulator import Fusion
 from .rewrite.disable import disabled
 from .rewrite.guard import check_regulated, regulators, unwrapped
-from .rewrite.lookup import check_blocks_are_called
+from .rewrite.lookup import blocks, check_blocks_are_called
 from .utils.modes import in_mode
 
 # Gates in (-1, 1); the others are in (0, 1).

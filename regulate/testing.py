@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ._compat import tree_leaves
-from .analysis.planner import draw
-from .api import regulate
+from .api import plan, regulate
 from .config import RegulatorConfig
 from .nn.cells import GateConv
 from .nn.factory import private_rng
@@ -148,7 +147,7 @@ def verify(model: nn.Module, config: RegulatorConfig, size: Sequence[int] | None
     Raises:
         RegulateError: the model cannot be regulated.
     """
-    drawn = draw(model, config, size)
+    drawn = plan(model, config=config, input_size=size)
     size = tuple(size or drawn.input_size)
     original = copy.deepcopy(model)
     if shake:

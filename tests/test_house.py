@@ -18,7 +18,7 @@ from .house import BEGIN, END, PAGE, ROOT, house, with_picture
 
 # Each room may import the rooms of the rows above its own, and none of its own row or below.
 ORDER = (
-    ("errors", "config", "_compat", "models"),
+    ("errors", "config", "_compat", "_moved", "models"),
     ("utils",),
     ("schema", "kernels"),
     ("nn",),
@@ -28,8 +28,9 @@ ORDER = (
     ("api",),
     ("checkpoint", "inspect", "testing"),
     ("timm",),
+    ("__init__",),
     ("tools",),
-    ("__init__", "_moved", "__main__"),
+    ("__main__",),
 )
 FILES = [path for path in (ROOT / "regulate").rglob("*") if path.suffix in (".py", ".cpp", ".h")]
 
@@ -38,7 +39,7 @@ def test_imports_go_one_way():
     row = {name: number for number, names in enumerate(ORDER) for name in names}
     assert set(row) >= set(house().arrows), "a new room needs its place in ORDER"
     wrong = {(name, below) for name, found in house().arrows.items() for below in found if row[below] >= row[name]}
-    assert wrong <= {("__init__", "_moved")}
+    assert not wrong
 
 
 def test_the_map_can_be_kept_in_mind():

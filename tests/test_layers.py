@@ -17,7 +17,8 @@ from torch.nn.utils import parametrize, prune
 from regulate import ConvGRUCell, ConvLSTMCell, ConvRNNCell, kernels
 from regulate.kernels import native
 from regulate.nn.layers import BatchNormReLU2d, Mix2d
-from regulate.nn.regulator import Fusion, Norm
+from regulate.nn.regulator import Fusion
+from regulate.schema.plan import Norm
 
 CELLS = (ConvRNNCell, ConvGRUCell, ConvLSTMCell)
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from regulate import CheckpointError, is_regulated, load, regulate, save
-from regulate.checkpoint.rollback import all_or_nothing
 from regulate.models.cifar import cifar_resnet
+from regulate.utils.rollback import all_or_nothing
 
 from .helpers import stir
 

@@ -14,15 +14,14 @@ from torch import fx, nn
 from .._compat import Convolution
 from ..config import RegulatorConfig
 from ..errors import first_line
-from ..nn.regulator import Norm
-from ..schema.plan import Block, Skipped
+from ..schema.plan import Block, Norm, Skipped, Source
 from ..utils.paths import join
 from .dataflow import Dataflow, entering
 from .fidelity import checked, measure_odd
 from .home import door, home_of, unfit
 from .inputs import Inputs, Size, missing_arguments, recorded, shapes
 from .measure import Measured, measure
-from .provenance import Source, has_running_statistics, is_norm, origin
+from .provenance import has_running_statistics, is_norm, origin
 from .residual_blocks import Found, find
 from .site import Site
 from .trace import Trace, holds_convolution, is_convolution, traces

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .._compat import tree_leaves
-from ..rewrite.classes import become, leave
-from ..rewrite.wrapped import Block
+from ..nn.hiding import HidesRegulator
+from ..utils.classes import become, leave
 from ..utils.modes import fixed_random_state
 from .effects import left_behind, put_back
 from .inputs import Inputs
@@ -150,6 +150,6 @@ def with_regulators(root: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
         for module in modules:
             stack.callback(vars(module)["_modules"].pop, "regulator", None)
             module._modules["regulator"] = regulator
-            stack.callback(leave, module, Block)
-            become(module, Block)
+            stack.callback(leave, module, HidesRegulator)
+            become(module, HidesRegulator)
         yield

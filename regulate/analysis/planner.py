@@ -16,7 +16,6 @@ from .._compat import without_global_hooks
 from ..config import RegulatorConfig
 from ..errors import NoBlocksError, UnknownStageError
 from ..nn.factory import build_cell, build_fusion
-from ..rewrite.guard import check_model, unwrapped
 from ..schema.plan import Block, Plan, Skipped, Stage
 from ..utils.paths import common_prefix, join, relative
 from .candidates import survey
@@ -30,15 +29,13 @@ from .trace import holds_convolution, is_convolution
 _PARTS = 12
 
 
-def draw(
+def make_plan(
     model: nn.Module,
     config: RegulatorConfig,
     input_size: int | Sequence[int] | None = None,
     example_inputs: Any = None,
 ) -> Plan:
-    """Plans the rewrite of a model under a config; see `regulate.plan`."""
-    check_model(model)
-    model = unwrapped(model)
+    """Plan the rewrite of a model that has been checked and has no wrapper, under a config; see `regulate.plan`."""
     if input_size is not None and example_inputs is not None:
         raise TypeError(
             "example_inputs= have a size themselves, and input_size= was given beside them; pass one of both"

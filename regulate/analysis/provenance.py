@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .._compat import BatchNorm, NormWithStatistics
+from ..schema.plan import Source
 from .dataflow import Dataflow
 from .meta_copy import has_hooks
 
@@ -34,26 +35,6 @@ _FIXED_POINTS = {
 _GATES = (nn.Sigmoid, nn.Hardsigmoid)
 _GATE_TARGETS = {torch.sigmoid, F.sigmoid, F.hardsigmoid, "sigmoid", "sigmoid_"}
 _RESHAPES = {"view", "reshape", "expand", "expand_as", "unsqueeze", torch.unsqueeze, torch.reshape}
-
-
-@dataclass(frozen=True)
-class Source:
-    """Some channels of a map, and the norm whose affine parameters tell their mean and variance.
-
-    Args:
-        channels: how many.
-        norm: path of the batch norm; empty if none is known (unit statistics).
-        start: the first of the norm's channels that is meant.
-        activation: what lies between norm and map: `"none"`, `"relu"`, a module's path
-            (`"module:..."`) or a function (`"function:torch.nn.functional.silu"`).
-        gate: how many sigmoid gates scale it; each counts as one half.
-    """
-
-    channels: int
-    norm: str = ""
-    start: int = 0
-    activation: str = "none"
-    gate: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..rewrite.classes import original
-from ..rewrite.lookup import containers
 from ..schema.plan import Block
-from ..utils.paths import join
+from ..utils.classes import original
 
 # What regulate.timm puts before the names of timm's architectures.
 REGULATED = "regulated_"
@@ -28,18 +26,6 @@ def identity(model: nn.Module) -> dict[str, str | None]:
         "class": original(type(model)).__qualname__,
         "timm": architecture.removeprefix(REGULATED) if isinstance(architecture, str) else None,
     }
-
-
-def blocks(model: nn.Module) -> list[tuple[Block, ...]]:
-    """The regulated blocks by stage, under their paths in the model."""
-    return [
-        tuple(
-            replace(b, name=join(path, b.name), read=join(path, b.read), write=join(path, b.write))
-            for b in stage.blocks
-        )
-        for path, _, record in containers(model)
-        for stage in record.stages
-    ]  # fmt: skip
 
 
 def layout(stages: Iterable[Sequence[Block]]) -> list[list[dict[str, Any]]]:

@@ -14,8 +14,8 @@ from torch import nn
 from .._compat import timm_config_writer
 from ..config import RegulatorConfig
 from ..errors import CheckpointError, UnsupportedModelError, first_line
-from ..rewrite.classes import original
 from ..rewrite.guard import check_regulated, unwrapped
+from ..utils.classes import original
 from .archive import replaced
 from .compatibility import REGULATED, differences
 from .save_load import load, save

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..analysis.meta_copy import duplicate
-from ..analysis.planner import draw
+from ..analysis.planner import make_plan
 from ..config import RegulatorConfig
 from ..errors import CheckpointError, RegulateError, first_line, last_line
 from ..inference import is_folded
 from ..nn.cells import CELLS
 from ..rewrite.guard import check_model, check_regulated, regulators, unwrapped
 from ..rewrite.install import prepare
-from ..rewrite.lookup import chains, containers, whole
+from ..rewrite.lookup import blocks, chains, containers, whole
+from ..utils.rollback import all_or_nothing, is_expanded
 from .archive import read, write
 from .compatibility import (
-    blocks,
     check_backbone,
     check_identity,
     check_layout,
@@ -31,7 +31,6 @@ from .compatibility import (
     identity,
     layout,
 )
-from .rollback import all_or_nothing, is_expanded
 
 File = str | os.PathLike[str]
 
@@ -125,9 +124,9 @@ def load(
     try:
         check_identity(record["model"], identity(inner))
         config = RegulatorConfig.from_dict(record["config"])
-        drawn = draw(model, config, input_size, example_inputs)
-        check_layout(record["plan"], layout([stage.blocks for stage in drawn.stages]))
-        prepared = prepare(inner, drawn, config)
+        planned = make_plan(inner, config, input_size, example_inputs)
+        check_layout(record["plan"], layout([stage.blocks for stage in planned.stages]))
+        prepared = prepare(inner, planned, config)
         base = inner.state_dict()
         if record["content"] == "regulator":
             kept = tuple(_checked(record["also"], base))

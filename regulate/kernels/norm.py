@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.scale import scale_and_shift
 from .choose import native_here
 from .library import call, channels_last, chunks
+from .scale import scale_and_shift
 
 
 def norm_relu(norm: nn.BatchNorm2d, x: Tensor) -> Tensor | None:

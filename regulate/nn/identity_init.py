@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from .._compat import BatchNorm
-from ..analysis.provenance import Source
+from ..kernels.scale import scale_of
+from ..schema.plan import Source
 from .regulator import Fusion
-from .scale import scale_of
 
 _POINTS = 801
 _REACH = 8.0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.reference import State
+from ..schema.plan import Norm
 from .layers import BatchNormReLU2d, Mix2d, ScaleReLU
 
 _BATCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -18,37 +18,22 @@ CONV = {1: nn.Conv1d, 2: Mix2d, 3: nn.Conv3d}
 _RECTIFYING = (BatchNormReLU2d, ScaleReLU)
 
 
-@dataclass(frozen=True)
-class Norm:
-    """Which norm new maps get: it follows the block's.
+def build_norm(norm: Norm, channels: int, dims: int, rectified: bool = False) -> nn.Module:
+    """Build a norm for maps of `channels` channels and `dims` spatial axes.
 
     Args:
-        kind: `"batch"`, `"group"` or `"none"`.
-        eps: added to the variance.
-        momentum: of the running statistics; `None` is the cumulative average. Batch norm only.
-        groups: wished number of groups, reduced to a divisor of the width. Group norm only.
+        norm: which.
+        channels: C.
+        dims: number of spatial axes.
+        rectified: a ReLU follows; a batch norm of images then does that as well.
     """
-
-    kind: str
-    eps: float = 1e-5
-    momentum: float | None = 0.1
-    groups: int = 32
-
-    def build(self, channels: int, dims: int, rectified: bool = False) -> nn.Module:
-        """A fresh norm for maps of `channels` channels and `dims` spatial axes.
-
-        Args:
-            channels: C.
-            dims: number of spatial axes.
-            rectified: a ReLU follows; a batch norm of images then does that as well.
-        """
-        if self.kind == "batch" and dims == 2 and rectified:
-            return BatchNormReLU2d(channels, eps=self.eps, momentum=self.momentum)
-        if self.kind == "batch":
-            return _BATCH[dims](channels, eps=self.eps, momentum=self.momentum)
-        if self.kind == "group":
-            return nn.GroupNorm(math.gcd(self.groups, channels), channels, eps=self.eps)
-        return nn.Identity()
+    if norm.kind == "batch" and dims == 2 and rectified:
+        return BatchNormReLU2d(channels, eps=norm.eps, momentum=norm.momentum)
+    if norm.kind == "batch":
+        return _BATCH[dims](channels, eps=norm.eps, momentum=norm.momentum)
+    if norm.kind == "group":
+        return nn.GroupNorm(math.gcd(norm.groups, channels), channels, eps=norm.eps)
+    return nn.Identity()
 
 
 class Fusion(nn.Module):
@@ -90,9 +75,9 @@ class Fusion(nn.Module):
         if cell is not None:
             self.cell = cell
         rectified = activation == "relu" and not skip
-        self.hidden_norm = norm.build(read, dims, rectified=True)
+        self.hidden_norm = build_norm(norm, read, dims, rectified=True)
         self.mix = CONV[dims](write + read, write, 1, bias=False)
-        self.mix_norm = norm.build(write, dims, rectified) if normalise else nn.Identity()
+        self.mix_norm = build_norm(norm, write, dims, rectified) if normalise else nn.Identity()
         self.skip, self.activation = skip, activation
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:

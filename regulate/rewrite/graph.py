@@ -15,9 +15,9 @@ from torch import fx, nn
 
 from ..analysis.dataflow import entering
 from ..schema.plan import Block, Stage
+from ..utils.classes import Forward, Part, become, leave
 from ..utils.paths import join
 from .carrier import Chain
-from .classes import Forward, Part, become, leave
 from .disable import is_off
 from .lookup import CHAIN, RECORD, Record
 

@@ -15,9 +15,9 @@ from ..errors import UnsupportedModelError, first_line
 from ..nn.factory import build_stage
 from ..nn.regulator import Fusion
 from ..schema.plan import Block, Plan, Stage
+from ..utils.classes import Part, become, core, is_plain, subclass
 from ..utils.paths import relative
 from .carrier import Chain, Place
-from .classes import Part, become, core, is_plain, subclass
 from .graph import install_in_graph, uninstall_from_graph
 from .lookup import PLACE, POINTS, RECORD, Point, Record, chains, containers, regulated_blocks, whole
 from .wrapped import Block as RegulatedBlock

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
 
 from ..errors import NotRegulatedError, UnsupportedModelError
-from ..schema.plan import Stage
+from ..schema.plan import Block, Stage
 from ..utils.paths import join
 from .carrier import Chain, Place
 
@@ -124,3 +124,15 @@ def check_blocks_are_called(model: nn.Module) -> None:
             "this follows the calls of blocks, and in a GraphModule blocks are nodes; regulate the network that the "
             "graph was traced from and look into that"
         )
+
+
+def blocks(model: nn.Module) -> list[tuple[Block, ...]]:
+    """The regulated blocks by stage, under their paths in the model."""
+    return [
+        tuple(
+            replace(b, name=join(path, b.name), read=join(path, b.read), write=join(path, b.write))
+            for b in stage.blocks
+        )
+        for path, _, record in containers(model)
+        for stage in record.stages
+    ]  # fmt: skip

@@ -5,8 +5,7 @@ Each wraps one call; the user's code inside stays as it is.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -15,6 +14,8 @@ from torch.func import functional_call
 
 from .._compat import assign, tree_leaves
 from ..errors import BlockCallError
+from ..nn.hiding import HidesRegulator
+from ..utils.classes import Forward, Part, become, leave
 from .carrier import (
     STACK,
     Chain,
@@ -30,7 +31,6 @@ from .carrier import (
     replace,
     scope_of,
 )
-from .classes import Forward, Part, become, leave
 from .disable import is_off
 from .inside import frame_again, keep
 from .lookup import PLACE, POINTS, RECORD, Point
@@ -245,36 +245,10 @@ def mark(module: nn.Module, point: Point) -> None:
         become(module, Pointed)
 
 
-class Block(Part):
+class Block(HidesRegulator):
     """A regulated block: a call of it runs one step of the memory."""
 
     _regulate_run = staticmethod(run_block)
-
-    @classmethod
-    def _regulate_members(cls, own: type) -> dict[str, Any]:
-        """Keep the regulator out of what an `nn.Sequential` runs, counts and indexes."""
-        if not issubclass(own, nn.Sequential):
-            return {}
-        kept = {"__iter__": _layers, "__len__": _length, "__getitem__": _layer}
-        return {name: do for name, do in kept.items() if getattr(own, name) is getattr(nn.Sequential, name)}
-
-
-def _own_layers(self: nn.Module) -> list[tuple[str, Any]]:
-    return [(name, layer) for name, layer in self._modules.items() if name != "regulator"]
-
-
-def _layers(self: nn.Module) -> Iterator[Any]:
-    return iter([layer for _, layer in _own_layers(self)])
-
-
-def _length(self: nn.Module) -> int:
-    return len(_own_layers(self))
-
-
-def _layer(self: nn.Module, at: int | slice) -> Any:
-    if isinstance(at, slice):
-        return type(self)(OrderedDict(_own_layers(self)[at]))
-    return _own_layers(self)[at][1]
 
 
 class Container(Part):

@@ -8,7 +8,7 @@ from typing import Any
 from timm.models import PretrainedCfg, model_entrypoint, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-from ..analysis.planner import draw
+from ..analysis.planner import make_plan
 from ..config import RegulatorConfig
 from ..rewrite.install import prepare
 from .architectures import PREFIX
@@ -50,7 +50,7 @@ def create(
         given = dataclasses.replace(card, source=None, state_dict=backbone)
     model: nn.Module = model_entrypoint(architecture)(pretrained=pretrained, pretrained_cfg=given, **kwargs)
     _name_source(model, card)
-    plan = draw(model, config)
+    plan = make_plan(model, config)
     plan.warn_if_wide()
     prepare(model, plan, config).install(model)
     if regulators:

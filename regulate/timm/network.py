@@ -11,9 +11,9 @@ from torch import nn
 
 from ..api import regulator_state_dict
 from ..nn.factory import private_rng, start
-from ..rewrite.classes import Part, become
 from ..rewrite.lookup import is_regulated, regulators
 from ..schema.plan import Block, Plan
+from ..utils.classes import Part, become
 
 _START = "_regulate_start"
 

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..analysis.planner import draw
-from ..api import regulate
+from ..api import plan, regulate
 from ..config import RegulatorConfig
 from .open_model import backbone_and_options, open_model
 
@@ -87,7 +86,7 @@ def measure(setting: Setting) -> dict[str, Any]:
         `arithmetic` ratio of multiply-adds (None where torch does not count them), the setting and the machine.
     """
     config = setting.config
-    drawn = draw(setting.network(), config, setting.size and (setting.size, setting.size))
+    drawn = plan(setting.network(), config=config, input_size=setting.size or None)
     networks: dict[str, RegulatorConfig | None] = {PLAIN: None, REGULATED: config}
     if setting.stages:
         options = {name: getattr(config, name) for name in config.__dataclass_fields__}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..analysis.planner import draw
+from ..api import plan
 from ..config import RegulatorConfig
 from ..models.cifar import cifar_resnet
 from ..schema.plan import Plan
@@ -119,7 +119,8 @@ def _plan(row: Row) -> Plan:
     else:
         model, size = cifar_resnet(row.depth, num_classes=row.classes, reduction=row.reduction), 32
     stages = None if row.stage is None else (row.stage,)
-    return draw(model, RegulatorConfig(row.cell or "lstm", row.kernel, stages=stages), size)
+    config = RegulatorConfig(row.cell or "lstm", row.kernel, stages=stages)
+    return plan(model, config=config, input_size=size)
 
 
 def compare() -> str:

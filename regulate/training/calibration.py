@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from .._compat import BatchNorm
-from ..checkpoint.rollback import all_or_nothing
 from ..errors import CalibrationError
 from ..nn.identity_init import is_settled, settle
 from ..nn.regulator import Fusion
@@ -17,6 +16,7 @@ from ..rewrite.disable import is_off
 from ..rewrite.guard import check_regulated, regulators
 from ..rewrite.lookup import chains
 from ..utils.modes import in_mode
+from ..utils.rollback import all_or_nothing
 
 
 class _Moments:
