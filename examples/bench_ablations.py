@@ -26,7 +26,7 @@ import torch
 from regulate import RegulatorConfig, kernels, optimize_for_inference, regulate
 from regulate.kernels import build
 from regulate.models.by_name import load_model
-from regulate.tools import bench
+from regulate.tools import bench, machine
 from regulate.tools.bench import PLAIN, REGULATED, Setting
 
 LSTM = RegulatorConfig("lstm")
@@ -108,7 +108,7 @@ def measure(setting: Setting) -> dict[str, Any]:
         times = bench.in_turn(steps(setting, Path(folder)), setting.rounds)
     return {
         "setting": {"model": setting.model, "train": setting.train, "batch": setting.batch, "size": setting.size},
-        "machine": bench.machine("cpu"),
+        "machine": machine.machine("cpu"),
         "seconds": {name: statistics.median(own) for name, own in times.items()},
     }
 

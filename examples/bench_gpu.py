@@ -40,6 +40,7 @@ from regulate import RegulatorConfig, kernels
 from regulate.kernels import gpu
 from regulate.nn.cells import CELLS
 from regulate.tools import bench
+from regulate.tools import machine as this
 from regulate.tools.bench import Setting
 
 LSTM = RegulatorConfig("lstm")
@@ -228,7 +229,7 @@ def main() -> int:
         print("bench_gpu: torch sees no CUDA GPU here, so there is nothing to measure", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
-    machine = bench.machine("cpu" if args.smoke else "cuda")
+    machine = this.machine("cpu" if args.smoke else "cuda")
     found = carry_out(plan(args.smoke), args.out, args.minutes * 60)
     (args.out / "machine.json").write_text(json.dumps(machine, indent=1) + "\n")
     (args.out / "README.md").write_text(page(found, machine))

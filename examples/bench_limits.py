@@ -28,7 +28,6 @@ from torch import Tensor
 
 from regulate import kernels
 from regulate.kernels import build, library
-from regulate.tools import bench
 
 STAGES = {
     "ResNet-50": [(8, 64, 56, 56), (8, 128, 28, 28), (8, 256, 14, 14), (8, 512, 7, 7)],
@@ -194,7 +193,7 @@ def main() -> None:
             str(some): {"multiply_adds": machine.multiply_adds(some), "bandwidth": machine.bandwidth(600_000_000, some)}
             for some in sorted({1, threads})
         }
-        found = {"cell": args.cell, "machine": bench.machine("cpu"), "march": args.march, "peak": peak}
+        found = {"cell": args.cell, "machine": machine.machine("cpu"), "march": args.march, "peak": peak}
         found["steps"] = measure(args.cell, machine, args.rounds)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")

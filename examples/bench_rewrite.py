@@ -16,7 +16,7 @@ import torch
 
 import regulate
 from regulate.models.by_name import load_model
-from regulate.tools.bench import resident_peak
+from regulate.tools.machine import resident_peak
 
 
 def seconds(work: Callable[[], object], runs: int = 5) -> float:

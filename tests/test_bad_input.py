@@ -21,17 +21,17 @@ from regulate import (
     RegulatorConfig,
     UnknownStageError,
     UnsupportedModelError,
+    calibrate,
     disabled,
     freeze_backbone,
     is_regulated,
+    plan,
     regulate,
     regulator_parameters,
     regulator_state_dict,
     unregulate,
 )
 from regulate.models.cifar import cifar_resnet
-from regulate.schema import plan
-from regulate.training import calibration as calibrate
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,19 @@ import torch.nn.functional as F
 from timm import create_model
 from torch import nn
 
-from regulate import BlockCallError, NoBlocksError, UnsupportedModelError, disabled, is_regulated, regulate, unregulate
+from regulate import (
+    BlockCallError,
+    NoBlocksError,
+    UnsupportedModelError,
+    disabled,
+    is_regulated,
+    plan,
+    regulate,
+    unregulate,
+)
 from regulate.models.cifar import CifarBlock
-from regulate.rewrite.carrier import STACK, Chain, Place, aligned
-from regulate.schema import plan
+from regulate.rewrite.alignment import aligned
+from regulate.rewrite.carrier import STACK
 
 from .helpers import network, small, small_block, stir, stirred
 
@@ -395,5 +404,4 @@ def test_where_the_grids_of_a_chain_part_the_memory_begins_anew():
 
 
 def test_a_read_map_of_another_grid_is_resampled():
-    place = Place(Chain("stage", 2), 1, (1, 1), False, "a", "b")
-    assert aligned(torch.randn(2, 8, 24, 20), torch.randn(2, 8, 16, 16), place).shape == (2, 8, 16, 16)
+    assert aligned(torch.randn(2, 8, 24, 20), torch.randn(2, 8, 16, 16), (1, 1), False).shape == (2, 8, 16, 16)

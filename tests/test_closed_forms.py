@@ -7,9 +7,8 @@ import torch
 from timm import create_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from regulate import regulate, regulator_parameters
+from regulate import plan, regulate, regulator_parameters
 from regulate.models.cifar import cifar_resnet
-from regulate.schema import plan
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 

@@ -15,10 +15,9 @@ from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
 
 import regulate
-from regulate import BlockCallError, ConvLSTMCell, UnsupportedModelError, _compat, disabled, kernels
+from regulate import BlockCallError, ConvLSTMCell, UnsupportedModelError, _compat, disabled, kernels, plan
 from regulate.kernels import choose
 from regulate.models.by_name import load_model
-from regulate.schema import plan
 
 from .helpers import small, small_block, stir
 from .processes import python

@@ -10,11 +10,10 @@ import sys
 import pytest
 from timm import create_model
 
-from regulate import NoBlocksError, Plan, RegulatorConfig, regulate
+from regulate import NoBlocksError, Plan, RegulatorConfig, plan, regulate
 from regulate.models.by_name import load_model
 from regulate.models.cifar import cifar_resnet
 from regulate.rewrite.guard import regulators
-from regulate.schema import plan
 from regulate.tools.cli import main
 
 

@@ -13,8 +13,8 @@ import torch
 from matplotlib.image import imread, imsave
 
 import regulate
+from regulate import plan
 from regulate.models.by_name import load_model
-from regulate.schema import plan
 
 from .zoo import COUNTS
 

@@ -14,9 +14,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from regulate import NoBlocksError, disabled, regulate, unregulate
+from regulate import NoBlocksError, disabled, plan, regulate, unregulate
 from regulate.rewrite.lookup import regulated_blocks
-from regulate.schema import plan
 
 from . import strange_blocks
 from .strange_blocks import ACTIVATIONS, NORMS, ODDITIES, POOLS, Recipe, Strange, network

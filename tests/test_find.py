@@ -6,14 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from regulate import regulate
+from regulate import plan, regulate
 from regulate.analysis.candidates import survey
 from regulate.analysis.inputs import Size
 from regulate.analysis.meta_copy import skeleton
 from regulate.analysis.trace import trace
 from regulate.config import RegulatorConfig
 from regulate.models.by_name import load_model
-from regulate.schema import plan
 
 
 def seen(model):

@@ -15,6 +15,7 @@ from regulate import (
     inspect,
     is_regulated,
     load,
+    plan,
     regulate,
     regulator_parameters,
     regulator_state_dict,
@@ -22,7 +23,6 @@ from regulate import (
     unregulate,
 )
 from regulate.models.cifar import CifarBlock
-from regulate.schema import plan
 from regulate.testing import distance
 
 from .helpers import network, stir

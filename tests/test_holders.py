@@ -12,11 +12,10 @@ from torch import nn
 from torchvision.models import detection, segmentation
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from regulate import is_regulated, regulate, unregulate
+from regulate import is_regulated, plan, regulate, unregulate
 from regulate.models.by_name import load_model
 from regulate.models.cifar import CifarBlock
 from regulate.rewrite.lookup import containers
-from regulate.schema import plan
 from regulate.testing import distance, example_inputs, perturb
 
 from .helpers import stir

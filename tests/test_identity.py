@@ -8,12 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from regulate import regulate
+from regulate import calibrate, plan, regulate
 from regulate.nn.identity_init import quadrature_moments, relu_moments
 from regulate.rewrite.guard import regulators
-from regulate.schema import plan
 from regulate.testing import distance
-from regulate.training import calibration as calibrate
 
 from .helpers import network
 

@@ -6,13 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from regulate import NoBlocksError, load, regulate, save, unregulate
+from regulate import NoBlocksError, load, plan, regulate, save, unregulate
 from regulate.analysis.candidates import survey
 from regulate.analysis.inputs import Size
 from regulate.analysis.meta_copy import skeleton
 from regulate.config import RegulatorConfig
 from regulate.models.cifar import cifar_resnet
-from regulate.schema import plan
 from regulate.tools.cli import main
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))

@@ -12,7 +12,7 @@ from torch import nn
 from regulate import kernels
 from regulate.nn.layers import BatchNormReLU2d, Mix2d, ScaleReLU
 from regulate.nn.regulator import Fusion
-from regulate.schema.plan import Norm
+from regulate.schema.values import Norm
 
 from .helpers import Watch
 

@@ -18,7 +18,7 @@ from regulate import ConvGRUCell, ConvLSTMCell, ConvRNNCell, kernels
 from regulate.kernels import native
 from regulate.nn.layers import BatchNormReLU2d, Mix2d
 from regulate.nn.regulator import Fusion
-from regulate.schema.plan import Norm
+from regulate.schema.values import Norm
 
 CELLS = (ConvRNNCell, ConvGRUCell, ConvLSTMCell)
 

@@ -8,11 +8,9 @@ from timm import create_model
 from torch.nn.modules import module as module_api
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from regulate import ConvGRUCell, regulate, regulator_state_dict
+from regulate import ConvGRUCell, calibrate, plan, regulate, regulator_state_dict
 from regulate.models.by_name import load_model
 from regulate.models.cifar import cifar_resnet
-from regulate.schema import plan
-from regulate.training import calibration as calibrate
 
 from .helpers import network
 

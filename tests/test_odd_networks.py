@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from regulate import NoBlocksError, UnsupportedModelError, is_regulated, regulate, unregulate
+from regulate import NoBlocksError, UnsupportedModelError, is_regulated, plan, regulate, unregulate
 from regulate.rewrite.lookup import regulated_blocks
-from regulate.schema import plan
 
 from .helpers import stir
 

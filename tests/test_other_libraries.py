@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from regulate import NoBlocksError, regulate, unregulate
-from regulate.schema import plan
+from regulate import NoBlocksError, plan, regulate, unregulate
 from regulate.testing import perturb, verify_pair
 
 

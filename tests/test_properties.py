@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from torch import nn
 
-from regulate import NoBlocksError, regulate
+from regulate import NoBlocksError, plan, regulate
 from regulate.analysis.candidates import survey
 from regulate.analysis.inputs import sizes
 from regulate.analysis.meta_copy import skeleton
 from regulate.config import RegulatorConfig
-from regulate.schema import plan
 from regulate.testing import distance, perturb
 
 from .helpers import stir

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from regulate import CheckpointError, RegulateError, UnsupportedModelError, load, regulate, save, unregulate
+from regulate import CheckpointError, RegulateError, UnsupportedModelError, load, plan, regulate, save, unregulate
 from regulate.models.cifar import cifar_resnet
-from regulate.schema import plan
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 SEED = torch.Generator().manual_seed(2)

@@ -34,6 +34,7 @@ from regulate import (
     from_pretrained,
     is_regulated,
     load,
+    plan,
     regulator_parameters,
     regulator_state_dict,
     save,
@@ -41,7 +42,6 @@ from regulate import (
     unregulate,
 )
 from regulate.rewrite.guard import regulators
-from regulate.schema import plan
 
 from .helpers import network, stir
 from .uses import X, close

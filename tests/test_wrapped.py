@@ -14,11 +14,11 @@ from regulate import (
     AlreadyRegulatedError,
     UnsupportedModelError,
     is_regulated,
+    plan,
     regulate,
     regulator_parameters,
     unregulate,
 )
-from regulate.schema import plan
 from regulate.testing import distance
 
 from .helpers import network, stir, stirred

@@ -15,14 +15,13 @@ import timm
 import torch
 from torchvision import models
 
-from regulate import NoBlocksError, Plan, regulate
+from regulate import NoBlocksError, Plan, plan, regulate
 from regulate.analysis.candidates import survey
 from regulate.analysis.inputs import sizes
 from regulate.analysis.meta_copy import skeleton
 from regulate.config import RegulatorConfig
 from regulate.models.by_name import load_model
 from regulate.nn.factory import private_rng
-from regulate.schema import plan
 from regulate.testing import distance, example_inputs, perturb, verify_pair
 
 from . import models_page

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import regulate
+from regulate.tools.machine import processor
 
 from .place import Place
 
@@ -28,19 +29,11 @@ def machine(at: Place) -> dict[str, Any]:
     cuda = at.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(at.device) if cuda else at.device.type,
-        "processor": _processor(),
+        "processor": processor(),
         "instruction set": None if cuda else regulate.kernels.instruction_set(),
         "threads": torch.get_num_threads(),
         "processes": at.world,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def commit() -> str | None:

@@ -14,7 +14,8 @@ from torch import fx, nn
 from .._compat import Convolution
 from ..config import RegulatorConfig
 from ..errors import first_line
-from ..schema.plan import Block, Norm, Skipped, Source
+from ..schema.plan import Block, Skipped
+from ..schema.values import Norm, Source
 from ..utils.paths import join
 from .dataflow import Dataflow, entering
 from .fidelity import checked, measure_odd

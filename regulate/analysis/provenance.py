@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .._compat import BatchNorm, NormWithStatistics
-from ..schema.plan import Source
+from ..schema.values import Source
 from .dataflow import Dataflow
 from .meta_copy import has_hooks
 

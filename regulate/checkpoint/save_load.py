@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from ..analysis.meta_copy import duplicate
@@ -20,7 +18,7 @@ from ..nn.cells import CELLS
 from ..rewrite.guard import check_model, check_regulated, regulators, unwrapped
 from ..rewrite.install import prepare
 from ..rewrite.lookup import blocks, chains, containers, whole
-from ..utils.rollback import all_or_nothing, is_expanded
+from ..utils.rollback import all_or_nothing
 from .archive import read, write
 from .compatibility import (
     check_backbone,
@@ -31,6 +29,7 @@ from .compatibility import (
     identity,
     layout,
 )
+from .tensors import fill, plain_state
 
 File = str | os.PathLike[str]
 
@@ -63,7 +62,7 @@ def save(model: nn.Module, path: File, *, regulator_only: bool = False, also: Se
         raise CheckpointError(
             "a network that is optimized for inference has lost its norms and cannot be stored; save the original"
         )
-    state = _state(model)
+    state = plain_state(model)
     record = {
         "model": identity(model),
         "config": options_of(model).to_dict(),
@@ -141,76 +140,12 @@ def load(
     try:
         with all_or_nothing(target) if inplace else nullcontext():
             prepared.install(unwrapped(target))
-            _fill(unwrapped(target), tensors)
+            fill(unwrapped(target), tensors)
     except (CheckpointError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} could not be copied into this model, which is as it was: {last_line(error)}"
         ) from error
     return target
-
-
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give a regulated network its tensors. An expanded view follows what it is a view of, and is only compared."""
-    there = model.state_dict()
-    weightless = any(there[key].is_meta for key in tensors)
-    views = set() if weightless else {key for key in tensors if is_expanded(there[key])}
-    # A tensor that was made in inference mode can be written in no other.
-    with torch.inference_mode(any(tensor.is_inference() for tensor in there.values())):
-        model.load_state_dict({k: v for k, v in tensors.items() if k not in views}, strict=False, assign=weightless)
-    for key in views:
-        if not torch.equal(there[key].cpu(), tensors[key]):
-            raise CheckpointError(
-                f"{key} is an expanded view here, which cannot be written, and holds other values in the file; make "
-                "it a tensor of its own (.contiguous())"
-            )
-    for key in () if weightless else _sharing(there, tensors):
-        if not _same(there[key].cpu(), tensors[key]):
-            raise CheckpointError(
-                f"{key} shares memory with another tensor here, and holds other values in the file; the saved network "
-                "did not share them: build this one without tied weights"
-            )
-
-
-def _sharing(there: Mapping[str, Tensor], keys: Iterable[str]) -> list[str]:
-    """The keys of tensors that lie in one memory with another one."""
-    held = {key: there[key].untyped_storage().data_ptr() for key in keys if there[key].numel()}
-    count = Counter(held.values())
-    return [key for key, address in held.items() if count[address] > 1]
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same values; one NaN is as good as another."""
-    return bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict as safetensors takes it: on the CPU, contiguous, no two tensors in one memory."""
-    state: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for key, value in model.state_dict().items():
-        kind = _kind(value) if type(value) in (Tensor, nn.Parameter) else f"a {type(value).__name__}"
-        if kind:
-            raise CheckpointError(
-                f"a checkpoint holds plain tensors, and {key} is {kind}; gather a sharded model first "
-                "(torch.distributed.checkpoint.state_dict.get_model_state_dict), save a quantized one before quantizing"
-            )
-        # A conjugate is a view until it is resolved; its memory holds other numbers.
-        tensor = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        address = tensor.untyped_storage().data_ptr()
-        state[key] = tensor.clone() if address in seen else tensor
-        seen.add(address)
-    return state
-
-
-def _kind(value: Tensor) -> str:
-    """What keeps a tensor out of a file; empty if nothing does."""
-    if value.is_meta:
-        return "on the meta device"
-    if value.layout is not torch.strided:
-        return f"stored as {str(value.layout).removeprefix('torch.')}"
-    if value.dtype in (torch.complex128, torch.complex32):
-        return f"{str(value.dtype).removeprefix('torch.')}, which safetensors does not know"
-    return "a quantized tensor" if value.is_quantized else ""
 
 
 def options_of(model: nn.Module) -> RegulatorConfig:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .._compat import BatchNorm
 from ..kernels.scale import scale_of
-from ..schema.plan import Source
+from ..schema.values import Source
 from .regulator import Fusion
 
 _POINTS = 801

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.reference import State
-from ..schema.plan import Norm
+from ..schema.values import Norm
 from .layers import BatchNormReLU2d, Mix2d, ScaleReLU
 
 _BATCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}

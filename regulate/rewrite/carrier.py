@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.weak import TensorWeakRef
 
-from .._compat import assign, is_tracing, saving_hooks, tree_leaves
+from .._compat import assign, saving_hooks, tree_leaves
 from ..errors import BlockCallError
 from ..utils.spans import Spans
+from .alignment import aligned, fitting
 
 State = tuple[Tensor, ...]
 
@@ -242,30 +242,6 @@ def pass_write(frame: Frame, x: Any) -> Any:
             f"{place.write} before {place.read}; unregulate(model) and leave that stage out with stages=[...]"
         )
     frame.fused = True
-    read = aligned(frame.read, x, place)
-    fused, frame.state = frame.regulator(x, frame.cell(read, _fitting(frame.state, read)))
+    read = aligned(frame.read, x, place.stride, place.crop)
+    fused, frame.state = frame.regulator(x, frame.cell(read, fitting(frame.state, read)))
     return fused
-
-
-def aligned(read: Any, x: Any, place: Place) -> Any:
-    """Bring the read map to the write grid: every s-th position, as the original ResNet's stride computes."""
-    if any(step > 1 for step in place.stride):
-        read = read[(Ellipsis, *(slice(None, None, step) for step in place.stride))]
-    if place.crop:
-        read = read[(Ellipsis, *(slice(None, x.size(axis)) for axis in range(2, 2 + len(place.stride))))]
-    if _is_concrete(read) and read.shape[2:] != x.shape[2:]:
-        # At a size whose grids part by more than the planned stride.
-        read = F.interpolate(read, size=x.shape[2:])
-    return read
-
-
-def _fitting(state: State | None, read: Any) -> State | None:
-    """The entering state, or None where its maps have another shape: the memory begins anew there."""
-    if state is None or not _is_concrete(read) or state[0].shape == read.shape:
-        return state
-    return None
-
-
-def _is_concrete(x: Any) -> bool:
-    """Whether a shape may be asked for without a trace of the question in compiled or exported code."""
-    return not (torch.compiler.is_compiling() or is_tracing() or isinstance(x, fx.Proxy))

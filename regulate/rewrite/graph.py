@@ -113,7 +113,7 @@ def _splice(graph: fx.Graph, stage: Stage) -> None:
 
 
 def _aligned(graph: fx.Graph, read: fx.Node, write: fx.Node, block: Block) -> fx.Node:
-    """The read map on the write grid, as `carrier.aligned` brings it there."""
+    """The read map on the write grid, as `alignment.aligned` brings it there."""
     if any(step > 1 for step in block.stride):
         read = _cut(graph, read, (slice(None, None, step) for step in block.stride))
     if block.crop:

@@ -20,8 +20,9 @@ from ..utils.paths import relative
 from .carrier import Chain, Place
 from .graph import install_in_graph, uninstall_from_graph
 from .lookup import PLACE, POINTS, RECORD, Point, Record, chains, containers, regulated_blocks, whole
+from .points import Pointed, forget_points, mark
 from .wrapped import Block as RegulatedBlock
-from .wrapped import Container, Pointed, forget_points, mark, release
+from .wrapped import Container, release
 
 Undo = list[Callable[[], None]]
 

@@ -5,76 +5,31 @@ Each wraps one call; the user's code inside stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.func import functional_call
 
 from .._compat import assign, tree_leaves
 from ..errors import BlockCallError
 from ..nn.hiding import HidesRegulator
-from ..utils.classes import Forward, Part, become, leave
+from ..utils.classes import Forward, Part, leave
 from .carrier import (
     STACK,
-    Chain,
     Frame,
     Memory,
     Place,
     Scope,
-    frame_of,
     held,
     memory_for,
-    pass_read,
-    pass_write,
     replace,
     scope_of,
 )
 from .disable import is_off
-from .inside import frame_again, keep
-from .lookup import PLACE, POINTS, RECORD, Point
+from .lookup import PLACE, POINTS, RECORD
+from .points import Pointed, check_points
 from .recompute import forget_after_backward, is_repeated, note, noted
-
-# No union: before torch 2.9 its compiler knows none.
-_MAPS = (torch.Tensor, fx.Proxy)
-
-
-class Pointed(Part):
-    """A module at a read or write point."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Hand the input over at a read point; take the fused map in its place at a write point."""
-        if args or kwargs:
-            for point in self.__dict__.get(POINTS, ()):
-                frame = frame_of(point.place) or frame_again(point.place, point.writes, _first(args, kwargs))
-                if frame is not None:
-                    return _passed(super().__call__, point, frame, args, kwargs)
-        return super().__call__(*args, **kwargs)
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-def _passed(call: Forward, point: Point, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x = _first(args, kwargs)
-    if not isinstance(x, _MAPS):
-        place = point.place
-        raise BlockCallError(
-            f"a module at a read or write point is called with its map first, and block {place.index} of "
-            f"{place.chain.name} called the one at {place.write if point.writes else place.read} with a "
-            f"{type(x).__name__} there; unregulate(model) and leave that stage out with stages=[...]"
-        )
-    if point.reads:
-        pass_read(frame, x)
-    if not point.writes:
-        return call(*args, **kwargs)
-    entering = frame.state
-    fused = pass_write(frame, x)
-    out = call(fused, *args[1:], **kwargs) if args else call(**{**kwargs, next(iter(kwargs)): fused})
-    keep(frame, entering, out)
-    return out
 
 
 def run_container(self: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -95,7 +50,7 @@ def run_block(self: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: 
     place: Place | None = self.__dict__.get(PLACE)
     if place is None or is_off(place.chain):
         return forward(self, *args, **kwargs)
-    _check_points(self, place)
+    check_points(self, place)
     regulator = _regulator(self, place)
     repeated = noted(place, (args, kwargs))
     if (repeated or place.index == 0) and is_repeated():
@@ -198,51 +153,6 @@ def _reentrant(place: Place) -> str:
         "checkpointing runs them, and the memory's gradient would be lost; use use_reentrant=False, or checkpoint the "
         "whole stage"
     )
-
-
-def _check_points(block: nn.Module, place: Place) -> None:
-    """Make sure that the modules at the points know it: another tool may have put its own in their place."""
-    for path in {place.read, place.write}:
-        module = block
-        for name in path.split("."):
-            child = module._modules.get(name)
-            if child is None:
-                raise BlockCallError(
-                    f"block {place.index} of {place.chain.name} reads and writes its memory at {path}, which is gone; "
-                    "call unregulate(model) before modules of a regulated block are removed"
-                )
-            module = child
-        if not any(point.place is place for point in module.__dict__.get(POINTS, ())):
-            _adopt(module, place, path)
-
-
-def _adopt(module: nn.Module, place: Place, path: str) -> None:
-    """Make a module that was put at a point after the rewrite, such as LoRA's, the module at that point."""
-    if torch.compiler.is_compiling():
-        raise BlockCallError(
-            f"the module at {path} of block {place.index} of {place.chain.name} was replaced after regulate(model); "
-            "run the network once outside of torch.compile, which lets the new one take part in the memory"
-        )
-    for inner in module.modules():
-        forget_points(inner, [place.chain])
-    mark(module, Point(place, path == place.read, path == place.write))
-
-
-def forget_points(module: nn.Module, chains: Collection[Chain]) -> None:
-    """Take the roles at points of some chains from a module; another network may share it. In place."""
-    points = module.__dict__.get(POINTS, ())
-    left = tuple(point for point in points if point.place.chain not in chains)
-    if left:
-        vars(module)[POINTS] = left
-    elif points:
-        release(module, POINTS)
-
-
-def mark(module: nn.Module, point: Point) -> None:
-    """Give a module a role at a point. In place."""
-    vars(module)[POINTS] = (*module.__dict__.get(POINTS, ()), point)
-    if not isinstance(module, Pointed):
-        become(module, Pointed)
 
 
 class Block(HidesRegulator):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..api import plan, regulate
 from ..config import RegulatorConfig
+from .machine import machine, resident_peak
 from .open_model import backbone_and_options, open_model
 
 PLAIN, REGULATED = "plain", "regulated"
@@ -217,43 +216,6 @@ def _resident_peak(setting: Setting, config: RegulatorConfig | None, size: int, 
     setting.network()  # imports what there is to import
     with kernels.use(form):
         return resident_peak(lambda: _twice(step(setting, config, size)))
-
-
-def resident_peak(work: Callable[[], object]) -> int:
-    """How far the resident set of this process rises during some work, in bytes. Linux."""
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
-    work()
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
-
-
-def machine(device: str) -> dict[str, Any]:
-    """Return the processor, its threads, the versions, the kernels in use and their instruction set."""
-    processor = torch.cuda.get_device_name() if device == "cuda" else _processor()
-    reason = kernels.why_no_native()
-    return {
-        "processor": processor,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "native": reason or "on",
-        "instruction set": kernels.instruction_set(),
-        "kernels": kernels.setting(),
-    }
-
-
-def _processor() -> str:
-    try:
-        found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def report(found: Mapping[str, Any]) -> str:

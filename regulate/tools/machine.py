@@ -1,0 +1,51 @@
+"""What a figure is to be read with: processor, versions, kernels; and the memory that some work takes."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import kernels
+
+
+def resident_peak(work: Callable[[], object]) -> int:
+    """How far the resident set of this process rises during some work, in bytes. Linux."""
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
+    work()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Return the processor, its threads, the versions, the kernels in use and their instruction set."""
+    name = torch.cuda.get_device_name() if device == "cuda" else processor()
+    reason = kernels.why_no_native()
+    return {
+        "processor": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "native": reason or "on",
+        "instruction set": kernels.instruction_set(),
+        "kernels": kernels.setting(),
+    }
+
+
+def processor() -> str:
+    """Return the processor's name as its maker writes it."""
+    try:
+        found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
