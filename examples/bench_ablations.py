@@ -62,8 +62,8 @@ def pieces() -> dict[str, Context]:
     return {
         "norms with ReLU by torch": lambda: patched("kernels.norm", "native_here", lambda *tensors: False),
         "mix by convolution": lambda: patched("kernels", "mixed", lambda *tensors: None),
-        "cell in aten": lambda: patched("kernels.step", "choose", lambda *arguments: "aten"),
-        "cell written out": lambda: patched("kernels.step", "choose", lambda *arguments: None),
+        "cell in aten": lambda: patched("kernels.run_step", "choose", lambda *arguments: "aten"),
+        "cell written out": lambda: patched("kernels.run_step", "choose", lambda *arguments: None),
         "all of that": lambda: kernels.use("reference"),
     }
 

@@ -16,7 +16,7 @@ from .library import instruction_set, origin
 from .library import why_not as why_no_native
 from .mixing import joined, laid_out_as, mixed
 from .norm import norm_relu, scale_relu
-from .step import step
+from .run_step import step
 
 __all__ = [
     "CHOICES",
