@@ -32,6 +32,7 @@ from .training.freezing import freeze_backbone
 __version__ = "0.1.0"
 
 _moved.install()
+__getattr__ = _moved.moved
 
 __all__ = [
     "regulate",

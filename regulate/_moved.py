@@ -12,9 +12,10 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MOVED = {
+    "regulate.bench": "regulate.tools.bench",
     "regulate.cells": "regulate.nn.cells",
     "regulate.figures": "regulate.tools.figures",
-    "regulate.layers": "regulate.nn.layers",
+    "regulate.verify": "regulate.testing",
     "regulate.watch": "regulate.training.gradients",
 }
 
@@ -40,6 +41,13 @@ class _Loader(Loader):
         )
         # Not a copy of the names: an attribute that is set there later must be seen here.
         vars(module)["__getattr__"] = partial(getattr, import_module(self.new))
+
+
+def moved(name: str) -> ModuleType:
+    """Import a module of the package by its old name, for attributes that nobody has imported."""
+    if f"regulate.{name}" in MOVED:
+        return import_module(f"regulate.{name}")
+    raise AttributeError(f"module 'regulate' has no attribute {name!r}")
 
 
 def install() -> None:

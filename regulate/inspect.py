@@ -238,8 +238,7 @@ def block_accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise ValueError(f"block_accuracy needs a last nn.Linear, and {type(model).__name__} has none")
-    hits: dict[str, int] = {}
-    count = 0
+    hits, count = dict[str, int](), 0
     for images, labels in batches:
         for name, output in outputs(model, images).items():
             if output.shape[1] == linear[-1].in_features:

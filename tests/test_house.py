@@ -92,6 +92,15 @@ def test_old_names_import_with_a_warning(old):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         importlib.import_module(_moved.MOVED[old])
+    sys.modules.pop(old)
+    vars(regulate).pop(old.partition(".")[2], None)
+    with pytest.warns(DeprecationWarning, match=_moved.MOVED[old]):
+        assert getattr(regulate, old.partition(".")[2]).__name__ == old
+
+
+def test_a_name_that_never_was_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="nothing_of_that_name"):
+        regulate.nothing_of_that_name  # noqa: B018
 
 
 def test_nothing_but_the_command_line_imports_the_tools():

@@ -13,7 +13,7 @@ Example:
     ['regulated_resnet32ts', 'regulated_resnet33ts', 'regulated_resnet34', 'regulated_resnet34d']
 """
 
-from .architectures import PREFIX, architectures
+from .families import PREFIX, architectures
 from .regulated import register
 
 __all__ = ["PREFIX", "architectures"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..analysis.planner import make_plan
 from ..config import RegulatorConfig
 from ..rewrite.install import prepare
-from .architectures import PREFIX
+from .families import PREFIX
 from .network import enlist
 from .weights import fill, split, weights_of
 

@@ -9,7 +9,7 @@ from typing import Any
 from timm.models import DefaultCfg, get_pretrained_cfg, register_model
 from torch import nn
 
-from .architectures import PREFIX, tagged
+from .families import PREFIX, tagged
 from .create import create
 
 Entry = Callable[..., nn.Module]
