@@ -9,8 +9,8 @@ from typing import Any
 from timm.models import DefaultCfg, get_pretrained_cfg, register_model
 from torch import nn
 
-from .families import PREFIX, tagged
 from .create import create
+from .families import PREFIX, tagged
 
 Entry = Callable[..., nn.Module]
 
