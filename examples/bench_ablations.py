@@ -58,7 +58,7 @@ def patched(module: str, name: str, value: object) -> Iterator[None]:
 
 
 def pieces() -> dict[str, Context]:
-    """What is taken away, by what computes then."""
+    """Return what is taken away, by what computes then."""
     return {
         "norms with ReLU by torch": lambda: patched("kernels.norm", "native_here", lambda *tensors: False),
         "mix by convolution": lambda: patched("kernels", "mixed", lambda *tensors: None),
@@ -69,7 +69,7 @@ def pieces() -> dict[str, Context]:
 
 
 def avx2(folder: Path) -> dict[str, Context]:
-    """The kernels compiled for AVX2, where this processor's own are wider."""
+    """Return the kernels compiled for AVX2, where this processor's own are wider."""
     if kernels.instruction_set() != "AVX-512":
         return {}
     build.make_library(build.compiler(), folder / "kernels.so", ("-march=haswell",))
@@ -78,7 +78,7 @@ def avx2(folder: Path) -> dict[str, Context]:
 
 
 def within(context: Context, run: Callable[[], None]) -> Callable[[], None]:
-    """A step in a context."""
+    """Return a step in a context."""
 
     def step() -> None:
         with context():
@@ -88,7 +88,7 @@ def within(context: Context, run: Callable[[], None]) -> Callable[[], None]:
 
 
 def steps(setting: Setting, folder: Path) -> dict[str, Callable[[], None]]:
-    """The steps to take in turn, by name."""
+    """Return the steps to take in turn, by name."""
     size = setting.size or 224
     found = {PLAIN: bench.step(setting, None, size), REGULATED: bench.step(setting, setting.config, size)}
     if setting.compile:
@@ -125,7 +125,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measures what is missing and prints the table."""
+    """Measure what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="only these")
     parser.add_argument("--out", type=Path, required=True)

@@ -74,7 +74,7 @@ Found = dict[str, Any]
 
 
 def cases(cells: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> Iterator[Found]:
-    """What to check: in float32 every cell, layout and shape, with and without a state; each is compiled anew."""
+    """Return what to check: in float32 every cell, layout and shape, with and without a state, each compiled anew."""
     for cell, last, zeros, shape in itertools.product(cells, (False, True), (False, True), shapes):
         yield {"cell": cell, "type": "float32", "channels_last": last, "zeros": zeros, "shape": shape}
     for cell, dtype, last in itertools.product(cells, ("bfloat16", "float16"), (False, True)):
@@ -82,7 +82,7 @@ def cases(cells: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> Iterat
 
 
 def check(device: str, wanted: Iterable[Found]) -> Found:
-    """The kernels against the equations in double, and whether a process here would trust them."""
+    """Return the kernels against the equations in double, and whether a process here would trust them."""
     from tests.triton_job import FLOATS, case, worst
 
     found = []
@@ -99,7 +99,7 @@ def check(device: str, wanted: Iterable[Found]) -> Found:
 
 
 def step_in(form: str, cell: str, maps: list[Tensor], compiled: bool) -> Callable[[], None]:
-    """A step and its gradients in a form."""
+    """Return a step and its gradients in a form."""
     x, h, c, dh, dc = maps
     module = CELLS[cell](x.shape[1]).to(x)
     run = torch.compile(module) if compiled else module
@@ -149,7 +149,7 @@ def _own(event: Any, on_gpu: bool) -> float:
 
 
 def plan(smoke: bool) -> dict[str, Callable[[], Found]]:
-    """What is done, in order, by the name of its file."""
+    """Return what is done, in order, by the name of its file."""
     if smoke:
         small = Setting("cifar/20", RegulatorConfig("rnn"), True, 2, 16, rounds=1)
         return {
@@ -170,7 +170,7 @@ def plan(smoke: bool) -> dict[str, Callable[[], Found]]:
 
 
 def carry_out(todo: dict[str, Callable[[], Found]], out: Path, seconds: float) -> dict[str, Found]:
-    """Does one thing after the other, each with a file; an exception is a result as well, and so is no time."""
+    """Do one thing after the other, each with a file; an exception is a result as well, and so is no time."""
     began, found = time.monotonic(), {}
     for name, work in todo.items():
         print(f"{time.monotonic() - began:5.0f} s  {name}", flush=True)
@@ -184,7 +184,7 @@ def carry_out(todo: dict[str, Callable[[], Found]], out: Path, seconds: float) -
 
 
 def page(found: dict[str, Found], machine: Found) -> str:
-    """The results as a page in Markdown."""
+    """Return the results as a page in Markdown."""
     versions = f"{machine['processor']}, torch {machine['torch']}, Python {machine['python']}"
     lines = ["# On a GPU", "", f"{versions}. `python examples/bench_gpu.py --out DIR`.", ""]
     for name, one in found.items():

@@ -52,7 +52,7 @@ def table(title: str, name: str, values: tuple[int, ...], setting: Setting) -> l
 
 
 def main() -> None:
-    """Prints one table for each way to grow."""
+    """Print one table for each way to grow."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cell", default="lstm", choices=("rnn", "gru", "lstm"))
     parser.add_argument("--train", action="store_true")

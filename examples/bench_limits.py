@@ -74,7 +74,7 @@ class Machine:
         self.limits.limits_multiply_adds.restype = ctypes.c_float
 
     def multiply_adds(self, threads: int, rounds: int = 2_000_000) -> float:
-        """The most multiply-adds per second."""
+        """Return the most multiply-adds per second."""
         one, near = ctypes.c_float(1e-3), ctypes.c_float(0.999)
         run = lambda: self.limits.limits_multiply_adds(  # noqa: E731
             ctypes.c_int64(threads), ctypes.c_int64(rounds), near, one
@@ -82,7 +82,7 @@ class Machine:
         return float(threads * rounds * self.limits.limits_per_round() / min(seconds(run, 10)))
 
     def bandwidth(self, size: int, threads: int) -> float:
-        """The most bytes per second of a triad over arrays of `size` bytes together."""
+        """Return the most bytes per second of a triad over arrays of `size` bytes together."""
         count = size // 12
         a, b, c = (torch.ones(count) for _ in range(3))
         rounds = max(1, 50_000_000 // size)
@@ -102,7 +102,7 @@ def seconds(run: Callable[[], object], times: int) -> list[float]:
 
 
 def steps(cell: str, shape: tuple[int, ...]) -> tuple[Callable[[], None], Callable[[], None]]:
-    """A step forward and one backward, with all that they read and write."""
+    """Return a step forward and one backward, with all that they read and write."""
     rows, memory = GATES[cell] * shape[1], cell == "lstm"
     x, h, c, dh, dc, *out = (torch.randn(shape) for _ in range(10))
     weights = torch.randn(rows, 2, 1, 1), torch.randn(rows, 1, 3, 3) / 3, torch.randn(rows)
@@ -150,7 +150,7 @@ def measure(cell: str, machine: Machine, rounds: int) -> list[dict[str, Any]]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The figures in Markdown."""
+    """Return the figures in Markdown."""
     cell, machine = found["cell"], found["machine"]
     rates = "; ".join(
         f"{threads} thread{'s' * (int(threads) > 1)}: {one['multiply_adds'] / 1e9:.0f}G multiply-adds, "
@@ -177,7 +177,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measures and prints the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cell", default="lstm", choices=tuple(GATES))
     parser.add_argument("--march", default="native", help="what to compile for")

@@ -30,7 +30,7 @@ def spent(run: Callable[[], None], rounds: int) -> Counter[str]:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--cell", default="lstm", choices=("rnn", "gru", "lstm"))

@@ -58,7 +58,7 @@ def run(name: str, setting: Setting, folder: Path) -> dict[str, Any]:
 
 
 def table(title: str, found: dict[str, dict[str, Any]]) -> str:
-    """The figures of one group, in Markdown."""
+    """Return the figures of one group, in Markdown."""
     lines = [
         f"| {title} | plain, ms | regulated, ms | ratio | peak memory, MiB | ratio | multiply-adds |",
         "|---|---|---|---|---|---|---|",
@@ -76,7 +76,7 @@ def table(title: str, found: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measures what is missing and prints the tables."""
+    """Measure what is missing and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="only these")
     parser.add_argument("--out", type=Path, required=True)

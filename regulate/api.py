@@ -110,7 +110,7 @@ def plan(
     seed: int | None = None,
     config: RegulatorConfig | None = None,
 ) -> Plan:
-    """The dry run of `regulate`: what would be rewritten, at what cost, and what is left alone and why.
+    """Return the dry run of `regulate`: what would be rewritten, at what cost, and what is left alone and why.
 
     Touches nothing: no weight, statistic, mode or random state of the model.
 
@@ -145,7 +145,7 @@ def plan(
 
 
 def unregulate(model: nn.Module) -> nn.Module:
-    """Takes the regulators out: the original network with its current weights.
+    """Take the regulators out: the original network with its current weights.
 
     After training, its outputs are those of the fine-tuned backbone alone, not the regulated ones. What
     `freeze_backbone` froze is let go.
@@ -174,7 +174,7 @@ def unregulate(model: nn.Module) -> nn.Module:
 
 
 def regulator_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The new parameters, for an optimizer group of their own.
+    """Return the new parameters, for an optimizer group of their own.
 
     Args:
         model: a regulated model; a wrapper around one will do.

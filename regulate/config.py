@@ -68,7 +68,7 @@ class RegulatorConfig:
             raise TypeError(f"seed must be an int or None, got {self.seed!r}; pass seed=0 to fix the weights")
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as JSON values.
+        """Return the options as JSON values.
 
         Raises:
             TypeError: the cell is a callable, which JSON cannot hold.
@@ -84,7 +84,7 @@ class RegulatorConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RegulatorConfig:
-        """Rebuilds a config from `to_dict`'s result; missing keys take their defaults.
+        """Rebuild a config from `to_dict`'s result; missing keys take their defaults.
 
         Raises:
             ValueError: a key is unknown or a value is not allowed.

@@ -43,19 +43,19 @@ class CheckpointError(RegulateError, ValueError):
 
 
 def last_line(error: Exception) -> str:
-    """The last line of an error's message, where torch's lists of errors say what happened."""
+    """Return the last line of an error's message, where torch's lists of errors say what happened."""
     return ([type(error).__name__, *str(error).strip().splitlines()])[-1].strip()
 
 
 def first_line(error: Exception) -> str:
-    """The first sentence of an error's message, for a reason in a plan."""
+    """Return the first sentence of an error's message, for a reason in a plan."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     # The message of a KeyError is the key alone.
     return f"{type(error).__name__}: {line}" if isinstance(error, KeyError) else line.split(". ")[0]
 
 
 def located(error: Exception) -> str:
-    """The first sentence of an error's message, and where it was raised outside of torch and this package."""
+    """Return the first sentence of an error's message, and where it was raised outside of torch and this package."""
     own = str(Path(__file__).parent)
     passed = traceback.extract_tb(error.__traceback__)
     frames = [

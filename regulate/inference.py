@@ -16,7 +16,7 @@ from .rewrite.guard import check_regulated, regulators, unwrapped
 
 
 def optimize_for_inference(model: nn.Module) -> nn.Module:
-    """A copy of a regulated network that computes the same in fewer operations, for inference only.
+    """Return a copy of a regulated network that computes the same in fewer operations, for inference only.
 
     In every fusion the norm of the fused map, and the map itself where it is added, go into the 1x1
     convolution; the norm of H becomes one multiplication and one addition per element. What has no running
@@ -54,7 +54,7 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
 
 
 def is_folded(model: nn.Module) -> bool:
-    """Whether a network came out of `optimize_for_inference`."""
+    """Check whether a network came out of `optimize_for_inference`."""
     return any(fusion.folded for _, fusion in regulators(unwrapped(model)) if isinstance(fusion, Fusion))
 
 
@@ -83,7 +83,7 @@ def _fold(fusion: Fusion) -> None:
 
 
 def _scaling(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """The scale and the shift of a batch norm with running statistics; None for any other norm."""
+    """Return the scale and the shift of a batch norm with running statistics; None for any other norm."""
     if not isinstance(norm, BatchNorm) or norm.running_mean is None:
         return None
     return scale_and_shift(norm)

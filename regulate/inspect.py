@@ -59,7 +59,7 @@ class _Tape:
 
 
 def record(model: nn.Module, images: Tensor) -> dict[str, list[Step]]:
-    """Runs images through a regulated model and keeps every step of its memory.
+    """Run images through a regulated model and keep every step of its memory.
 
     Args:
         model: a regulated model; a wrapper around one will do. Its modes, hooks and gradients stay.
@@ -88,7 +88,7 @@ def record(model: nn.Module, images: Tensor) -> dict[str, list[Step]]:
 
 
 def stages(model: nn.Module) -> list[list[str]]:
-    """The paths of the regulated blocks, stage by stage."""
+    """Return the paths of the regulated blocks, stage by stage."""
     return [[block.name for block in stage] for stage in blocks(unwrapped(model))]
 
 
@@ -179,7 +179,7 @@ def gate_statistics(step: Step) -> dict[str, GateStatistics]:
 
 
 def hidden_norm(step: Step) -> float:
-    """The Euclidean norm of a step's hidden state, mean over images."""
+    """Return the Euclidean norm of a step's hidden state, mean over images."""
     return float(step.hidden.flatten(1).norm(dim=1).mean())
 
 
@@ -206,7 +206,7 @@ def similarity(model: nn.Module, images: Tensor) -> dict[str, list[tuple[float, 
 
 
 def outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """The output of every regulated block, by its path."""
+    """Return the output of every regulated block, by its path."""
     check_blocks_are_called(model)
     tape = _Tape()
     with in_mode(model, training=False), torch.no_grad(), ExitStack() as hooks:

@@ -48,7 +48,7 @@ class Verdict:
 
 
 def perturb(model: nn.Module, batches: Sequence[Any], seed: int = 0) -> nn.Module:
-    """Gives an untrained network the look of a trained one, so that comparisons on it mean something.
+    """Give an untrained network the look of a trained one, so that comparisons on it mean something.
 
     Affines of norms become random, negative and near-zero gains among them; parameters that start at zero
     do not stay there; batch norm statistics are measured on the batches and then jittered. In place.
@@ -156,7 +156,7 @@ def verify(model: nn.Module, config: RegulatorConfig, size: Sequence[int] | None
 
 
 def verify_pair(original: nn.Module, regulated: nn.Module, inputs: tuple[Any, ...], blocks: int) -> Verdict:
-    """Compares a network with its regulated self, then trains the latter for three steps.
+    """Compare a network with its regulated self, then train the latter for three steps.
 
     Args:
         original: the network; its mode and statistics change.
@@ -171,13 +171,13 @@ def verify_pair(original: nn.Module, regulated: nn.Module, inputs: tuple[Any, ..
 
 
 def _run(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> Any:
-    """Outputs with one random state for all: what is dropped in one network is dropped in the other."""
+    """Return the outputs with one random state for all: what is dropped in one network is dropped in the other."""
     with private_rng(0, 1):
         return model.train(training)(*inputs)
 
 
 def _without_gradient(model: nn.Module, inputs: tuple[Any, ...], steps: int = 3) -> list[str]:
-    """New weights that are dead at the third backward pass; before it, zeros at the start block some."""
+    """Return new weights that are dead at the third backward pass; before it, zeros at the start block some."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     dead: list[str] = []
     for _ in range(steps):

@@ -208,7 +208,7 @@ def fit(model: nn.Module, data: Data, job: Job) -> Run:
 
 
 def _asked(options: Options, recipe: Recipe) -> dict[str, Any]:
-    """What must be the same when a run goes on; a run may be longer, unless its end decides the rate."""
+    """Return what must be the same when a run goes on; a run may be longer, unless its end decides the rate."""
     loose = set() if recipe.rise else {"epochs"}
     return {name: value for name, value in options.deciding().items() if name not in loose}
 
@@ -266,7 +266,7 @@ def _report(run: Run, job: Job) -> dict[str, Any]:
 
 
 def _write(report: dict[str, Any], model: nn.Module, out: Path) -> None:
-    """The network first: a run with a report is finished."""
+    """Write the network first: a run with a report is finished."""
     with replaced(out / "model.safetensors") as temporary:
         save_file({key: value.cpu().contiguous() for key, value in model.state_dict().items()}, temporary)
     with replaced(out / "run.json") as temporary:

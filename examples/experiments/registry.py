@@ -112,7 +112,7 @@ def scratch() -> Experiment:
 
 
 def retrofit() -> Experiment:
-    """A trained network trained on: as it is, or regulated."""
+    """Return a trained network trained on: as it is, or regulated."""
     tuned = replace(CIFAR, epochs=5, rate=CIFAR.plan().rate / 10)
     start = "scratch/plain"
     longer = f"plain, {round(LONGER * 5)} epochs"
@@ -132,7 +132,7 @@ def retrofit() -> Experiment:
 
 
 def transfer(images: int, epochs: int) -> Experiment:
-    """The CIFAR-10 networks fine-tuned on a few images of Fashion-MNIST."""
+    """Return the CIFAR-10 networks fine-tuned on a few images of Fashion-MNIST."""
     base = Options(
         dataset="fashion_mnist",
         like="cifar10",
@@ -180,7 +180,7 @@ def paper(depth: int) -> Experiment:
 
 
 def why() -> Experiment:
-    """What the start, the fusion's norm and ReLU and the rate do: an exploration."""
+    """Return what the start, the fusion's norm and ReLU and the rate do: an exploration."""
     base = replace(CIFAR, subset=5_000, epochs=20, test_every=5)
     lstm = replace(base, cell="lstm", init="random")
     starts = tuple(Arm(f"lstm, {init}", replace(lstm, init=init)) for init in ("random", "identity", "unit"))

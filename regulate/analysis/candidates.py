@@ -48,7 +48,7 @@ class Survey:
 
 
 def survey(bare: nn.Module, config: RegulatorConfig, sizes: Sequence[Size], example: Inputs | None = None) -> Survey:
-    """Traces, measures and searches a model, or its parts where the whole cannot be traced.
+    """Trace, measure and search a model, or its parts where the whole cannot be traced.
 
     Args:
         bare: the model's skeleton.
@@ -95,7 +95,7 @@ def _added(macs: int | None, flops: int | None, images: int) -> int | None:
 
 
 def _measured(made: Trace, sizes: Sequence[Size], known: Inputs | None) -> tuple[Measured, Inputs]:
-    """What a run of a trace shows, and on which inputs it ran.
+    """Return what a run of a trace shows, and on which inputs it ran.
 
     Raises:
         ValueError: it runs on none; the message is the reason.
@@ -189,7 +189,7 @@ def _rooted(source: Source, root: str) -> Source:
 
 
 def _steps(pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> tuple[tuple[int, ...], bool] | None:
-    """The stride per axis that turns every read grid into its write grid, and whether it takes a cut."""
+    """Return the stride per axis that turns every read grid into its write grid, and whether it takes a cut."""
     read, write = pairs[0]
     stride = tuple(max(1, round(r / w)) for r, w in zip(read, write, strict=True))
     crop = False
@@ -202,7 +202,7 @@ def _steps(pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> tuple[tu
 
 
 def _norm(block: nn.Module, wish: str) -> Norm:
-    """The norm of what is new: the block's own kind, or the one that was asked for."""
+    """Return the norm of what is new: the block's own kind, or the one that was asked for."""
     norms = [m for m in block.modules() if not is_convolution(m) and not holds_convolution(m) and is_norm(m)]
     batch = [m for m in norms if has_running_statistics(m)]
     model = (batch or norms or [None])[0]  # type: ignore[list-item]

@@ -19,7 +19,7 @@ _NEVER = 10**6
 
 
 def entering(node: fx.Node) -> fx.Node:
-    """The tensor that enters a module call."""
+    """Return the tensor that enters a module call."""
     first = (*node.args, *node.kwargs.values())[0]
     assert isinstance(first, fx.Node)
     return first
@@ -53,7 +53,7 @@ class Dataflow:
             self.depth[node] = 0 if over is None else self.depth[over] + 1
 
     def _beginning(self) -> set[fx.Node]:
-        """The inputs that blocks pass on: the first map, and others that a convolution takes by themselves.
+        """Return the inputs that blocks pass on: the first map, and others that a convolution takes by themselves.
 
         The time of a diffusion model or a mask is none of them.
         """
@@ -68,16 +68,16 @@ class Dataflow:
         return found
 
     def shape(self, node: fx.Node) -> tuple[int, ...] | None:
-        """The shape of a tensor node, None for anything else."""
+        """Return the shape of a tensor node, None for anything else."""
         found = self.shapes.get(node.name)
         return found if isinstance(found, tuple) else None
 
     def is_changed(self, node: fx.Node, user: fx.Node) -> bool:
-        """Whether a tensor was changed in place between the node that made it and one that takes it."""
+        """Check whether a tensor was changed in place between the node that made it and one that takes it."""
         return (node.name, user.name) in self.changed
 
     def meet(self, a: fx.Node | None, b: fx.Node | None) -> fx.Node | None:
-        """The nearest common dominator of two nodes; a node counts as its own."""
+        """Return the nearest common dominator of two nodes; a node counts as its own."""
         while a is not b:
             if a is None or b is None:
                 return None
@@ -88,13 +88,13 @@ class Dataflow:
         return a
 
     def chain(self, node: fx.Node | None) -> Iterator[fx.Node]:
-        """The node and its dominators, upwards."""
+        """Return the node and its dominators, upwards."""
         while node is not None:
             yield node
             node = self.over[node]
 
     def ancestors(self, node: fx.Node, stop: fx.Node) -> set[fx.Node]:
-        """The node and everything before it, back to `stop`, which is left out."""
+        """Return the node and everything before it, back to `stop`, which is left out."""
         seen: set[fx.Node] = set()
         waiting = [node]
         while waiting:
@@ -105,18 +105,18 @@ class Dataflow:
         return seen
 
     def is_convolution(self, node: fx.Node) -> bool:
-        """Whether the node calls a convolution with learned weights."""
+        """Check whether the node calls a convolution with learned weights."""
         return is_convolution(self.traced.module(node))
 
     def is_activation(self, node: fx.Node) -> bool:
-        """Whether the node is a nonlinearity, as a module or as a function."""
+        """Check whether the node is a nonlinearity, as a module or as a function."""
         module = self.traced.module(node)
         if module is not None:
             return type(module).__module__ == nn.ReLU.__module__
         return node.target in _ACTIVATIONS
 
     def enlarges(self, nodes: Sequence[fx.Node]) -> bool:
-        """Whether the grid doubles or more from one of the nodes to a later one: upsampling."""
+        """Check whether the grid doubles or more from one of the nodes to a later one: upsampling."""
         grids = [(self.shape(node) or ())[2:] for node in nodes]
         return any(
             len(a) == len(b) and any(y >= 2 * x for x, y in zip(a, b, strict=True))
@@ -125,7 +125,7 @@ class Dataflow:
         )
 
     def cost(self, node: fx.Node) -> int:
-        """What a shortcut pays to pass a node: 1 for a convolution, nothing for what learns no map."""
+        """Return what a shortcut pays to pass a node: 1 for a convolution, nothing for what learns no map."""
         module = self.traced.module(node)
         if is_convolution(module):
             return 1
@@ -133,7 +133,7 @@ class Dataflow:
         return _NEVER if learns else 0
 
     def cheapest(self, end: fx.Node, fork: fx.Node) -> tuple[int, list[fx.Node]]:
-        """The cheapest path from the fork to `end`: its cost and its nodes, from `end` back."""
+        """Return the cheapest path from the fork to `end`: its cost and its nodes, from `end` back."""
         best: dict[fx.Node, tuple[int, fx.Node | None]] = {fork: (0, None)}
         way = self.ancestors(end, fork)
         for node in self.parents:
@@ -149,7 +149,7 @@ class Dataflow:
         return best[end][0], path
 
     def longest(self, nodes: set[fx.Node]) -> int:
-        """The most convolutions on one path within a set of nodes: parallel ones are no sequence."""
+        """Return the most convolutions on one path within a set of nodes: parallel ones are no sequence."""
         passed: dict[fx.Node, int] = {}
         for node in self.parents:
             if node in nodes:

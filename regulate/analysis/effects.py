@@ -89,7 +89,7 @@ def _rewind(generator: Any, state: Any) -> None:
 
 
 def _shared(cls: type) -> tuple[tuple[Any, tuple[str, ...]], ...]:
-    """The classes and globals that a module's code may write to, with the names of it that are of interest."""
+    """Return the classes and globals that a module's code may write to, with the names of it that are of interest."""
     owners: list[tuple[Any, tuple[str, ...]]] = []
     for base in cls.__mro__:
         if not issubclass(base, nn.Module) or base.__module__.partition(".")[0] == "torch":
@@ -131,7 +131,7 @@ def _fill(container: Any, was: Any) -> None:
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    """Whether two containers hold the same objects, in their order. Not by ==, which maps have of their own."""
+    """Check whether two containers hold the same objects, in their order. Not by ==, which maps have of their own."""
     if isinstance(a, dict) and not all(map(operator.is_, a.values(), b.values())):
         return False
     return len(a) == len(b) and all(map(operator.is_, a, b))

@@ -123,7 +123,7 @@ def _out_of_order(site: Site, seen: Observed, when: str) -> str:
 
 
 def _wrong_in_training(site: Site, trained: _Ran) -> str:
-    """The same for train mode, where a block may also leave early."""
+    """Return the same for train mode, where a block may also leave early."""
     times = len(trained.seen.passes[relative(site.block.write, site.root)])
     if times > 1:
         return f"in train mode it calls {site.block.write} {times} times in one pass"
@@ -162,7 +162,7 @@ def measure_odd(made: Trace, inputs: Inputs) -> Measured | None:
 
 
 def _trained(sites: Sequence[Site], made: Trace, inputs: Inputs, odd: Measured | None) -> _Ran | None:
-    """What a run in train mode with gradients tells, and about which blocks something else; None if there is none."""
+    """Return what a run in train mode with gradients tells, and of which blocks it differs; None if there is none."""
     used = inputs if odd is None else inputs.odd() or inputs
     with in_mode(made.root, True), torch.enable_grad():
         try:

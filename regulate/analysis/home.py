@@ -13,7 +13,7 @@ from .residual_blocks import Found
 
 
 def home_of(flow: Dataflow, block: Found) -> str:
-    """The innermost module that runs a block's addition and convolutions; in a graph, that holds the convolutions."""
+    """Return the innermost module that runs a block's addition and convolutions; in a graph, its convolutions."""
     if isinstance(flow.traced.root, fx.GraphModule):
         return common_prefix([str(node.target).rpartition(".")[0] for node in block.convolutions])
     home = common_prefix([node.meta["scope"] for node in (block.addition, *block.convolutions)])
@@ -57,7 +57,7 @@ def unfit(flow: Dataflow, block: Found, root: str, home: str, residuals: int, ta
 
 
 def door(flow: Dataflow, conv: fx.Node, home: str) -> str:
-    """The outermost module inside the block that the convolution's input enters unchanged."""
+    """Return the outermost module inside the block that the convolution's input enters unchanged."""
     path = str(conv.target)
     if not is_inside(path, home):
         return _alias(flow, conv, home)
@@ -71,7 +71,7 @@ def door(flow: Dataflow, conv: fx.Node, home: str) -> str:
 
 
 def _alias(flow: Dataflow, conv: fx.Node, home: str) -> str:
-    """The path inside the block of a module that the trace knows by another one; empty if it is held outside."""
+    """Return the path inside the block of a module that the trace knows by another one; empty if it is held outside."""
     module, block = flow.traced.module(conv), flow.traced.root.get_submodule(home)
     paths = (path for path, part in block.named_modules(remove_duplicate=False) if part is module)
     return join(home, next(paths, ""))

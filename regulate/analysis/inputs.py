@@ -132,7 +132,7 @@ def _size(value: Any) -> Size:
 
 
 def _own_sizes(model: nn.Module) -> Iterator[Size]:
-    """The sizes that a network, or a part of it, carries in its configuration; timm's card comes first."""
+    """Return the sizes that a network, or a part of it, carries in its configuration; timm's card comes first."""
     for module in (model, *model.children()):
         card = getattr(module, "pretrained_cfg", None)
         known = card.get("input_size") if isinstance(card, Mapping) else getattr(card, "input_size", None)

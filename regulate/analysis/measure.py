@@ -158,7 +158,7 @@ def map_shapes(tensors: Any) -> list[tuple[int, ...]]:
 
 
 def _content(tensor: Tensor) -> tuple[Any, ...]:
-    """What changes with a tensor's values, or with what it lies on."""
+    """Return what changes with a tensor's values, or with what it lies on."""
     try:
         storage = tensor.untyped_storage()
     except (RuntimeError, NotImplementedError):  # sparse

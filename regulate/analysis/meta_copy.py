@@ -19,7 +19,7 @@ _HOOKED = "_regulate_hooked"
 
 
 def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of the model on the meta device, in eval mode, without hooks; no memory for weights.
+    """Return a copy of the model on the meta device, in eval mode, without hooks; no memory for weights.
 
     Raises:
         UnsupportedModelError: the model cannot be copied, or holds a tensor that has no shape yet or none on the
@@ -82,7 +82,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _tensors(held: Any) -> list[Tensor]:
-    """A tensor, or those in a container of a module's own; those of torch's are dictionaries of tensors and modules."""
+    """Return a tensor, or those in a container of a module's own; torch's hold tensors and modules."""
     if isinstance(held, Tensor):
         return [held]
     if not isinstance(held, list | tuple | dict) or not held:

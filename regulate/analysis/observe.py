@@ -86,7 +86,7 @@ def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 def _scoped(module: nn.Module, path: str, log: Log, is_block: bool) -> Callable[..., Any]:
-    """An opened module's forward, in whose scope operators are noted."""
+    """Return an opened module's forward, in whose scope operators are noted."""
     forward = module.forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -103,7 +103,7 @@ def _scoped(module: nn.Module, path: str, log: Log, is_block: bool) -> Callable[
 
 
 def _played(forward: Callable[..., Any], path: str, shapes: list[Any], log: Log) -> Callable[..., Any]:
-    """A closed module's forward that puts out a map of the shape that it had in the trace, call by call."""
+    """Return a closed module's forward that puts out a map of the shape that it had in the trace, call by call."""
     waiting = list(shapes)
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -120,7 +120,7 @@ def _played(forward: Callable[..., Any], path: str, shapes: list[Any], log: Log)
 
 
 def _watched(forward: Callable[..., Any], path: str, passes: dict[str, list[Any]]) -> Callable[..., Any]:
-    """A module's forward that notes what enters it, and in which order."""
+    """Return a module's forward that notes what enters it, and in which order."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         x = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)

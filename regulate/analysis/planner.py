@@ -90,7 +90,7 @@ def _nothing_found(model: nn.Module, skipped: Sequence[Skipped]) -> str:
 
 
 def _parts_that_work(bare: nn.Module, config: RegulatorConfig, tried: Sequence[Size], failed: Sequence[str]) -> str:
-    """The next step where a network cannot be taken as a whole: the first part that can."""
+    """Return the next step where a network cannot be taken as a whole: the first part that can."""
     waiting = list(failed)
     for _ in range(_PARTS):
         if not waiting:
@@ -108,7 +108,7 @@ def _parts_that_work(bare: nn.Module, config: RegulatorConfig, tried: Sequence[S
 
 
 def _chains(sites: list[Site]) -> list[list[Site]]:
-    """Runs of blocks in which each follows the one before it with equal widths, grid and dtype."""
+    """Return runs of blocks in which each follows the one before it with equal widths, grid and dtype."""
     by_addition = {site.found.addition: site for site in sites}
     runs: list[list[Site]] = []
     run_of: dict[fx.Node, list[Site]] = {}
@@ -131,7 +131,7 @@ def _kind(site: Site) -> tuple[Any, ...]:
 
 
 def _container(bare: nn.Module, run: list[Site]) -> str:
-    """The smallest module whose call runs all blocks of the stage, once."""
+    """Return the smallest module whose call runs all blocks of the stage, once."""
     site = run[0]
     path = common_prefix([site.block.name.rpartition(".")[0] for site in run])
     while path != site.root:
@@ -154,7 +154,7 @@ def _named(config: RegulatorConfig, runs: list[tuple[list[Site], str]]) -> list[
 
 
 def _count(config: RegulatorConfig, blocks: Sequence[Block], positions: int) -> tuple[int, int]:
-    """New parameters and multiply-adds of a stage, counted on modules built without memory."""
+    """Return new parameters and multiply-adds of a stage, counted on modules built without memory."""
     with torch.device("meta"):
         cell = build_cell(config, blocks[0].read_width, blocks[0].dims)
         fusions = [build_fusion(config, block, None) for block in blocks]
@@ -165,7 +165,7 @@ def _count(config: RegulatorConfig, blocks: Sequence[Block], positions: int) -> 
 
 
 def _chosen(stages: list[Stage], config: RegulatorConfig) -> tuple[list[Stage], list[Skipped]]:
-    """The stages to regulate, and those left alone with the reason."""
+    """Return the stages to regulate, and those left alone with the reason."""
     wanted = _wanted(stages, config)
     chosen, left = [], []
     for stage in stages:

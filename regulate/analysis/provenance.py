@@ -46,7 +46,7 @@ class Origin:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module without convolutions normalises: torch's norms, or a 1-D `weight` (PReLU apart)."""
+    """Check whether a module without convolutions normalises: torch's norms, or a 1-D `weight` (PReLU apart)."""
     if isinstance(module, NormWithStatistics | nn.GroupNorm | nn.LayerNorm):
         return True
     weight = getattr(module, "weight", None)
@@ -54,12 +54,12 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def has_running_statistics(module: nn.Module) -> bool:
-    """Whether the module is a batch norm with statistics of its own, so that it can start as the identity."""
+    """Check whether the module is a batch norm with statistics of its own, so that it can start as the identity."""
     return isinstance(module, BatchNorm) and module.running_mean is not None
 
 
 def origin(flow: Dataflow, node: fx.Node, user: fx.Node | None = None) -> Origin:
-    """Follows a tensor back to the norm that made it.
+    """Follow a tensor back to the norm that made it.
 
     Args:
         flow: the dataflow that the node is part of.
@@ -86,7 +86,7 @@ def _through_module(flow: Dataflow, node: fx.Node, module: nn.Module, unknown: O
 
 
 def _is_patched(cls: type[nn.Module]) -> bool:
-    """Whether somebody's own forward was put on a class of torch's."""
+    """Check whether somebody's own forward was put on a class of torch's."""
     if cls.__module__.partition(".")[0] != "torch":
         return False
     forward = next((vars(base)["forward"] for base in cls.__mro__ if "forward" in vars(base)), None)
@@ -109,7 +109,7 @@ def _through_class(flow: Dataflow, node: fx.Node, module: nn.Module, unknown: Or
 
 
 def _is_pool(module: nn.Module) -> bool:
-    """Whether a module of torch's keeps a map inside the range it came in; sums of a window do not."""
+    """Check whether a module of torch's keeps a map inside the range it came in; sums of a window do not."""
     if type(module).__module__ != nn.MaxPool2d.__module__ or isinstance(module, _SUMS):
         return False
     return getattr(module, "divisor_override", None) is None
@@ -155,7 +155,7 @@ def _through_function(flow: Dataflow, node: fx.Node, unknown: Origin) -> Origin:
 
 
 def _divides(node: fx.Node) -> bool:
-    """Whether an average has a divisor of its own, the last of its seven arguments."""
+    """Check whether an average has a divisor of its own, the last of its seven arguments."""
     return node.kwargs.get("divisor_override") is not None or len(node.args) > 6
 
 
@@ -167,7 +167,7 @@ def _function_name(target: Any) -> str:
 
 
 def _activated(origin: Origin, fixed_point: str, activation: str) -> Origin:
-    """The origin after an activation; of two in a row only the statistics of the first are known."""
+    """Return the origin after an activation; of two in a row only the statistics of the first are known."""
     plain = all(source.activation == "none" and not source.gate for source in origin.sources)
     if not plain:
         return Origin(fixed_point, tuple(Source(source.channels) for source in origin.sources))
@@ -176,7 +176,7 @@ def _activated(origin: Origin, fixed_point: str, activation: str) -> Origin:
 
 
 def _rescaled(origin: Origin, gates: int) -> Origin:
-    """The origin after a factor that is positive but unbounded or unknown: only a sign survives."""
+    """Return the origin after a factor that is positive but unbounded or unknown: only a sign survives."""
     fixed = "relu" if origin.fixed_point in ("relu", "relu6") else "none"
     return Origin(fixed, tuple(replace(source, gate=source.gate + gates) for source in origin.sources))
 

@@ -111,7 +111,7 @@ def _way(flow: Dataflow, fork: fx.Node, shortcut: fx.Node, end: fx.Node) -> _Way
 
 
 def _lineage(flow: Dataflow, fork: fx.Node) -> Iterator[fx.Node]:
-    """The dominators of a fork, upwards; where one is a concatenation, what its parts went through as well.
+    """Return the dominators of a fork, upwards; where one is a concatenation, what its parts went through as well.
 
     The addition of a dual path block does not dominate the next block, because the dense path goes around
     it, but its result is a part of the concatenation that does.
@@ -125,7 +125,7 @@ def _lineage(flow: Dataflow, fork: fx.Node) -> Iterator[fx.Node]:
 
 
 def _something_between(flow: Dataflow, first: fx.Node, last: fx.Node, found: dict[fx.Node, Found]) -> bool:
-    """Whether another residual block lies between two: in parallel branches that meet again before the second."""
+    """Check whether another residual block lies between two: in parallel branches that meet again before the second."""
     between = [node for node in flow.ancestors(last, first) if node in found]
     return any(first in flow.parents[at] for node in between for at in flow.ancestors(node, first))
 
@@ -146,7 +146,7 @@ def _outweighs(trunk: Sequence[fx.Node], branch: set[fx.Node], found: dict[fx.No
 
 
 def _takes_map_first(flow: Dataflow, conv: fx.Node) -> bool:
-    """Whether the first argument of a convolution's call is its map: a class of the user's own may take others."""
+    """Check whether the first argument of a convolution's call is its map; a user's class may take others."""
     first = next(iter((*conv.args, *conv.kwargs.values())), None)
     shape = flow.shape(first) if isinstance(first, fx.Node) else None
     return shape is not None and len(shape) > 2

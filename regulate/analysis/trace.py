@@ -56,17 +56,17 @@ class Trace:
     closed: dict[str, str] = field(default_factory=dict)
 
     def module(self, node: fx.Node) -> nn.Module | None:
-        """The module that a `call_module` node calls, else None."""
+        """Return the module that a `call_module` node calls, else None."""
         return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def is_convolution(module: nn.Module | None) -> bool:
-    """Whether the module is a convolution with learned weights (transposed ones included)."""
+    """Check whether the module is a convolution with learned weights (transposed ones included)."""
     return isinstance(module, Convolution)
 
 
 def holds_convolution(module: nn.Module) -> bool:
-    """Whether there is a convolution below the module. A convolution itself does not count."""
+    """Check whether there is a convolution below the module. A convolution itself does not count."""
     return not is_convolution(module) and any(is_convolution(child) for child in module.modules())
 
 
@@ -179,7 +179,7 @@ def _nodes(value: Any) -> Any:
 def trace(
     module: nn.Module, opens: Callable[[nn.Module, str], bool] | None = None, inputs: Inputs | None = None
 ) -> Trace:
-    """Traces a module's forward.
+    """Trace a module's forward.
 
     Args:
         module: what to trace; a skeleton or a part of one, since tracing runs the module's code.
@@ -199,7 +199,7 @@ def trace(
 
 
 def traces(model: nn.Module, known: Mapping[str, Inputs]) -> Iterator[tuple[str, Trace | str]]:
-    """Traces the model or, where it or a part cannot be traced, the children of that part.
+    """Trace the model or, where it or a part cannot be traced, the children of that part.
 
     Args:
         model: a skeleton.

@@ -20,7 +20,7 @@ _KEY = "regulate"
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-    """Writes an archive, wholly or not at all: whatever lay at `path` stays until the new file is on the disk.
+    """Write an archive, wholly or not at all: whatever lay at `path` stays until the new file is on the disk.
 
     Args:
         path: the file; its folder must exist.
@@ -84,7 +84,7 @@ def _flush(path: Path) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Reads an archive's record and tensors, on the CPU.
+    """Read an archive's record and tensors, on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file.

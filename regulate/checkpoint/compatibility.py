@@ -29,7 +29,7 @@ def identity(model: nn.Module) -> dict[str, str | None]:
 
 
 def layout(stages: Iterable[Sequence[Block]]) -> list[list[dict[str, Any]]]:
-    """What the tensors mean, as JSON: which blocks share a cell, where each reads and writes, and its form."""
+    """Return what the tensors mean, as JSON: which blocks share a cell, where each reads and writes, and its form."""
     layout = [[{**asdict(block), "stride": list(block.stride)} for block in blocks] for blocks in stages]
     for block in (block for stage in layout for block in stage):
         del block["sources"]  # of the start only
@@ -51,12 +51,12 @@ def _describe(tensor: Tensor) -> str:
 
 
 def differences(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
-    """The keys under which two records differ, those of the first one first."""
+    """Return the keys under which two records differ, those of the first one first."""
     return [key for key in {**a, **b} if a.get(key) != b.get(key)]
 
 
 def check_identity(saved: Mapping[str, str | None], found: Mapping[str, str | None]) -> None:
-    """Raises CheckpointError unless class and timm architecture are the saved ones."""
+    """Raise CheckpointError unless class and timm architecture are the saved ones."""
     if saved["class"] != found["class"]:
         raise CheckpointError(f"it holds a {saved['class']}, and this is a {found['class']}")
     if saved["timm"] and found["timm"] and saved["timm"] != found["timm"]:
@@ -64,7 +64,7 @@ def check_identity(saved: Mapping[str, str | None], found: Mapping[str, str | No
 
 
 def check_layout(saved: Any, found: list[list[dict[str, Any]]]) -> None:
-    """Raises CheckpointError unless the stages, and what every block does, are the saved ones."""
+    """Raise CheckpointError unless the stages, and what every block does, are the saved ones."""
     if saved == found:
         return
     named = [[block["name"] for block in stage] for stage in saved], [[b["name"] for b in stage] for stage in found]
@@ -80,7 +80,7 @@ def check_layout(saved: Any, found: list[list[dict[str, Any]]]) -> None:
 
 
 def check_backbone(saved: Mapping[str, str], state: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError unless a backbone's tensors have the saved fingerprint."""
+    """Raise CheckpointError unless a backbone's tensors have the saved fingerprint."""
     if any(tensor.is_meta for tensor in state.values()):
         raise CheckpointError("regulators alone need the backbone's weights, and these are on the meta device")
     found = fingerprint(state)
@@ -94,7 +94,7 @@ def check_backbone(saved: Mapping[str, str], state: Mapping[str, Tensor]) -> Non
 
 
 def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError unless names, dtypes and shapes are the expected ones."""
+    """Raise CheckpointError unless names, dtypes and shapes are the expected ones."""
     there = {key: _describe(value) for key, value in expected.items()}
     given = {key: _describe(value) for key, value in found.items()}
     differing = differences(there, given)

@@ -31,7 +31,7 @@ _DATA = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", 
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: Mapping[str, Any] | None = None) -> None:
-    """Writes a regulated timm network as a folder that `from_pretrained` and the Hugging Face hub take.
+    """Write a regulated timm network as a folder that `from_pretrained` and the Hugging Face hub take.
 
     config.json is timm's own, with the regulator's options for the reader; model.safetensors is a file of
     `save` with everything in it. Each appears wholly or not at all.
@@ -73,7 +73,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: Mapping
 def from_pretrained(
     source: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None, token: str | None = None
 ) -> nn.Module:
-    """Rebuilds a network that `save_pretrained` wrote.
+    """Rebuild a network that `save_pretrained` wrote.
 
     Args:
         source: a folder, or the name of a repository on the Hugging Face hub, `owner/name`.
@@ -112,7 +112,7 @@ def _located(
 
 
 def _build(config: Any) -> nn.Module:
-    """The network that a config.json describes, with random weights: nothing is downloaded, nothing unpickled."""
+    """Return the network that a config.json describes, with random weights; nothing is downloaded or unpickled."""
     import timm
 
     name, arguments, card = config["architecture"], config.get("model_args", {}), config.get("pretrained_cfg", {})
@@ -134,7 +134,7 @@ def _build(config: Any) -> nn.Module:
 
 
 def _check_rebuilt(model: nn.Module, rebuilt: nn.Module) -> None:
-    """Whether timm rebuilds the same network, module by module; dropout rates do not count, as in timm."""
+    """Check whether timm rebuilds the same network, module by module; dropout rates do not count, as in timm."""
     was, now = _parts(model), _parts(rebuilt)
     differing = differences(was, now)
     if differing:

@@ -35,7 +35,7 @@ File = str | os.PathLike[str]
 
 
 def save(model: nn.Module, path: File, *, regulator_only: bool = False, also: Sequence[str] = ()) -> None:
-    """Writes a regulated network to one safetensors file, with its options and plan in the metadata.
+    """Write a regulated network to one safetensors file, with its options and plan in the metadata.
 
     The file appears wholly or not at all; a killed process leaves what was there before.
 

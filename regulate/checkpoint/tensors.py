@@ -35,19 +35,19 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _sharing(there: Mapping[str, Tensor], keys: Iterable[str]) -> list[str]:
-    """The keys of tensors that lie in one memory with another one."""
+    """Return the keys of tensors that lie in one memory with another one."""
     held = {key: there[key].untyped_storage().data_ptr() for key in keys if there[key].numel()}
     count = Counter(held.values())
     return [key for key, address in held.items() if count[address] > 1]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same values; one NaN is as good as another."""
+    """Check whether two tensors hold the same values; one NaN is as good as another."""
     return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict as safetensors takes it: on the CPU, contiguous, no two tensors in one memory."""
+    """Return the state dict as safetensors takes it: on the CPU, contiguous, no two tensors in one memory."""
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
     for key, value in model.state_dict().items():
@@ -66,7 +66,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _kind(value: Tensor) -> str:
-    """What keeps a tensor out of a file; empty if nothing does."""
+    """Return what keeps a tensor out of a file; empty if nothing does."""
     if value.is_meta:
         return "on the meta device"
     if value.layout is not torch.strided:

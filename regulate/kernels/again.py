@@ -16,7 +16,7 @@ Maybe = Tensor | None
 
 
 def differentiable(cell: str, inputs: tuple[Maybe, ...], outputs: tuple[Maybe, Maybe]) -> list[Maybe]:
-    """The gradients of a step by the equations, so that they can be differentiated again.
+    """Return the gradients of a step by the equations, so that they can be differentiated again.
 
     Args:
         cell: `"rnn"`, `"gru"` or `"lstm"`.
@@ -44,7 +44,7 @@ def differentiable(cell: str, inputs: tuple[Maybe, ...], outputs: tuple[Maybe, M
 
 
 def reference(cell: str, x: Tensor, state: equations.State | None, *weights: Any) -> equations.State:
-    """The step by the equations, from the stacked weights of all gates, the candidate last."""
+    """Return the step by the equations, from the stacked weights of all gates, the candidate last."""
 
     width = x.shape[1]
 

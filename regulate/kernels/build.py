@@ -160,7 +160,7 @@ def _units() -> list[Path]:
 
 
 def _processor() -> str:
-    """What tells one kind of processor from another: its name and its instruction sets."""
+    """Return what tells one kind of processor from another: its name and its instruction sets."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -55,7 +55,7 @@ def library_file(key: str, make: Callable[[Path], None]) -> Iterator[Path]:
 
 
 def _private_folder() -> Path:
-    """The cache, made if need be. OSError or RuntimeError: it cannot be, or others could write to it."""
+    """Return the cache, made if need be. OSError or RuntimeError: it cannot be, or others could write to it."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # A relative one counts as none, says its standard: the working directory may hold anything.
     folder = (base if base.is_absolute() else Path.home() / ".cache") / "regulate"
@@ -88,7 +88,7 @@ def _from(folder: Path, key: str, make: Callable[[Path], None]) -> Path:
 
 
 def _sound(folder: Path, key: str) -> Path | None:
-    """The library of that key, if this user alone could write it and its content is what it was."""
+    """Return the library of that key, if this user alone could write it and its content is what it was."""
     for path in folder.glob(f"kernels-{key}-*.so"):
         with suppress(FileNotFoundError):  # another process took it for damaged
             info = path.lstat()

@@ -40,7 +40,7 @@ _traced: str | None = None
 
 
 def setting() -> str:
-    """The form that is asked for here, one of `CHOICES`."""
+    """Return the form that is asked for here, one of `CHOICES`."""
     if torch.compiler.is_compiling():
         return _asked() if _traced is None else _traced
     return _asked_at_first(number) if (number := repeated_node()) else _asked()
@@ -52,14 +52,14 @@ def _asked() -> str:
 
 
 def _asked_at_first(number: int) -> str:
-    """What was asked for when a node was made whose backward runs a block again, or here by a hook of a user's own."""
+    """Return what was asked for when a node was made whose backward runs a block again, or here by a user's hook."""
     uses = [use for use in _uses.get() if use.in_backward] or _spans.around(number)
     return uses[-1].choice if uses else _DEFAULT
 
 
 @contextmanager
 def use(choice: str) -> Iterator[None]:
-    """Runs the body's steps in the given form, where the tensors allow it, and else in the readable one.
+    """Run the body's steps in the given form, where the tensors allow it, and else in the readable one.
 
     In this thread, or this task of an event loop, and not in others; the environment variable REGULATE_KERNELS is
     for all of the process. Gradient checkpointing runs a block again in the form in which it ran first, wherever the
@@ -107,7 +107,7 @@ def _tracing(choice: str) -> Iterator[None]:
 
 
 def choose(cell: str, x: Tensor, state: tuple[Tensor, ...] | None, weights: Sequence[Tensor], gates: int) -> str | None:
-    """The form for a step of a light cell, or None for the readable one.
+    """Return the form for a step of a light cell, or None for the readable one.
 
     Args:
         cell: `"rnn"`, `"gru"` or `"lstm"`.
@@ -138,7 +138,7 @@ def choose(cell: str, x: Tensor, state: tuple[Tensor, ...] | None, weights: Sequ
 
 
 def eager_on_cpu(*tensors: Tensor) -> bool:
-    """Whether these are plain float tensors on the CPU, to be computed with now, and fast forms are on."""
+    """Check whether these are plain float tensors on the CPU, to be computed with now, and fast forms are on."""
     return (
         not torch.compiler.is_compiling()
         and setting() != "reference"
@@ -152,7 +152,7 @@ def eager_on_cpu(*tensors: Tensor) -> bool:
 
 
 def native_here(*tensors: Tensor) -> bool:
-    """Whether the native kernels may compute with these tensors now, outside compiling."""
+    """Check whether the native kernels may compute with these tensors now, outside compiling."""
     return (
         eager_on_cpu(*tensors) and setting() in ("auto", "native") and tensors[0].dtype == torch.float32 and _native()
     )
@@ -166,7 +166,7 @@ def _plain(tensors: Sequence[Tensor]) -> bool:
 
 
 def _fitting(cell: str, x: Tensor, state: tuple[Tensor, ...] | None, weights: Sequence[Tensor], gates: int) -> bool:
-    """The shapes that the kernels count on; anything else is for torch to broadcast or to refuse."""
+    """Return the shapes that the kernels count on; anything else is for torch to broadcast or to refuse."""
     if x.dim() != 4 or (state is not None and len(state) != (2 if cell == "lstm" else 1)):
         return False
     rows = gates * x.shape[1]
@@ -180,7 +180,7 @@ def _fitting(cell: str, x: Tensor, state: tuple[Tensor, ...] | None, weights: Se
 
 
 def dispatched() -> bool:
-    """Whether somebody looks at torch's operators as they run, a FLOP counter or a policy of checkpointing."""
+    """Check whether somebody looks at torch's operators as they run, a FLOP counter or a policy of checkpointing."""
     return _compat.operators_are_watched()
 
 

@@ -17,7 +17,7 @@ Maybe = Tensor | None
 def forward(
     cell: str, x: Tensor, h: Maybe, c: Maybe, mix: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The new hidden and cell state, see `native.forward`; maps of any memory format, results of type `dtype`."""
+    """Return the new hidden and cell state, see `native.forward`; any memory format, results of type `dtype`."""
     x, h, c = _alike(x, h, c)
     if x.device.type == "cpu":
         return native.forward(cell, x, h, c, _dense(mix, weight, bias))
@@ -38,7 +38,7 @@ def backward(
     dh: Tensor,
     dc: Maybe,
 ) -> tuple[Tensor, ...]:
-    """The gradients of x, h, c, mix, weight and bias, see `native.backward`; maps of any memory format."""
+    """Return the gradients of x, h, c, mix, weight and bias, see `native.backward`; maps of any memory format."""
     x, h, c, new_h, dh, dc = _alike(x, h, c, new_h, dh, dc)
     weights = _dense(mix, weight, bias)
     if x.device.type == "cpu":
@@ -49,7 +49,7 @@ def backward(
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The format of a step's results: x's."""
+    """Return the format of a step's results: x's."""
     last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
 
@@ -64,13 +64,13 @@ def _dense(mix: Tensor, weight: Tensor, bias: Tensor) -> native.Weights:
 
 
 def save(ctx: Any, cell: str, tensors: Sequence[Maybe], new_h: Tensor) -> None:
-    """Keeps for `gradients` what a step was given; of the results only an RNN's, which is its gate."""
+    """Keep for `gradients` what a step was given; of the results only an RNN's, which is its gate."""
     ctx.cell = cell
     ctx.save_for_backward(*tensors, new_h if cell == "rnn" else None)
 
 
 def gradients(ctx: Any, run: Callable[..., Sequence[Maybe]], dh: Maybe, dc: Maybe) -> tuple[Maybe, ...]:
-    """The gradients of the six tensors of a step, None for what was None; `run` is a form of `backward`."""
+    """Return the gradients of the six tensors of a step, None for what was None; `run` is a form of `backward`."""
     x, h, c, mix, weight, bias, new_h = ctx.saved_tensors
     dh = torch.zeros_like(x) if dh is None else dh
     dc = dc if ctx.cell == "lstm" else None

@@ -15,7 +15,7 @@ from .again import GATES, differentiable, reference
 
 @functools.cache
 def works(device: str) -> bool:
-    """Runs every cell's step and gradients on a device and compares; a warning says why if they do not work."""
+    """Run every cell's step and gradients on a device and compare; a warning says why if they do not work."""
     if importlib.util.find_spec("triton") is None:
         return False
     try:
@@ -29,7 +29,7 @@ def works(device: str) -> bool:
 
 
 def _error(cell: str, device: str) -> float:
-    """The largest error of a state or a gradient, each relative to the largest of its kind."""
+    """Return the largest error of a state or a gradient, each relative to the largest of its kind."""
     from . import triton_step
 
     rows = GATES[cell] * 3

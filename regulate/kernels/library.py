@@ -29,7 +29,7 @@ _found: ctypes.CDLL | str | None = None
 
 
 def call(name: str, *arguments: int | float | list[int] | Tensor | None) -> None:
-    """Calls a function of the library with numbers, arrays of integers, and the data of tensors; None is null.
+    """Call a function of the library with numbers, arrays of integers, and the data of tensors; None is null.
 
     Raises:
         RuntimeError: there is no library; `why_not` says why.
@@ -63,13 +63,13 @@ def chunks(x: Tensor) -> int:
 
 
 def _lanes() -> int:
-    """The floats of a vector, which is what channels last are cut into."""
+    """Return the floats of a vector, which is what channels last are cut into."""
     found = library()
     return 1 if isinstance(found, str) else int(found.regulate_lanes())
 
 
 def channels_last(x: Tensor) -> bool:
-    """Whether the kernels read x (N, C, H, W) as channels last. What is both counts as contiguous."""
+    """Check whether the kernels read x (N, C, H, W) as channels last. What is both counts as contiguous."""
     return not x.is_contiguous()
 
 

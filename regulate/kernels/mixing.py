@@ -92,7 +92,7 @@ class _Mix(torch.autograd.Function):
 
 
 def _halves(weight: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """The columns for x and those for h."""
+    """Return the columns for x and those for h."""
     rows = weight.flatten(1)
     return rows[:, :m], rows[:, m:]
 

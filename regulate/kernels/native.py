@@ -41,7 +41,7 @@ def backward(
     dh: Tensor,
     dc: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """The gradients of `forward`; dh and dc are those of its results. The gates are computed again.
+    """Return the gradients of `forward`; dh and dc are those of its results. The gates are computed again.
 
     Args:
         cell: see `forward`, as x, h, c and weights.

@@ -46,7 +46,7 @@ def scale_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor | None:
 
 
 def readable(x: Tensor, *values: Tensor) -> bool:
-    """Whether these are what the library reads: it sees addresses, no types, no shapes and no strides."""
+    """Check whether these are what the library reads: it sees addresses, no types, no shapes and no strides."""
     return (
         native_here(x, *values) and x.dim() == 4 and all(v.shape == x.shape[1:2] and v.is_contiguous() for v in values)
     )  # fmt: skip
@@ -97,7 +97,7 @@ class _NormReLU(torch.autograd.Function):
 
 
 def _differentiable(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dy: Tensor) -> list[Tensor | None]:
-    """The gradients by torch's norm, so that they can be differentiated again."""
+    """Return the gradients by torch's norm, so that they can be differentiated again."""
     with torch.enable_grad():
         # Views, because x may depend on the weights: the same norm may have been applied before.
         inputs = x.view_as(x), weight.view_as(weight), bias.view_as(bias)

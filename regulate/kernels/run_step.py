@@ -40,7 +40,7 @@ def step(
 
 
 def _laid_out(*maps: Tensor | None) -> list[Tensor | None]:
-    """The maps as inductor has them on the CPU, where it lays out every convolution in channels last.
+    """Return the maps as inductor has them on the CPU, where it lays out every convolution in channels last.
 
     It keeps the layout that an operator saw when it was traced: without this it would copy maps there and back.
     """

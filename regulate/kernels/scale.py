@@ -10,7 +10,7 @@ from .._compat import BatchNorm
 
 
 def scale_of(variance: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """What a batch norm in eval mode multiplies each channel by, in the roundings of torch's own norm, all (C,).
+    """Return what a batch norm in eval mode multiplies each channel by, in the roundings of torch's own norm, all (C,).
 
     By that norm, of ones: how a backend rounds `gain / sqrt(variance + eps)` cannot be written down.
     """
@@ -19,7 +19,7 @@ def scale_of(variance: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 def scale_and_shift(norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """What a batch norm with running statistics does in eval mode, `x * scale + shift`, both (C,)."""
+    """Return what a batch norm with running statistics does in eval mode, `x * scale + shift`, both (C,)."""
     assert norm.running_mean is not None and norm.running_var is not None
     gain = norm.weight if norm.affine else torch.ones_like(norm.running_var)
     scale = scale_of(norm.running_var, gain, norm.eps)

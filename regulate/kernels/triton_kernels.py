@@ -44,7 +44,7 @@ def _tile(pixels, C, sn, sp, sc, P: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def _tap(image, p, c, t, H, W, C, sp, sc):
-    """An image at tap t of the pixels p; zero outside."""
+    """Return an image at tap t of the pixels p; zero outside."""
     dy = t // 3 - 1
     dx = t % 3 - 1
     y = p // W + dy
@@ -62,7 +62,7 @@ def _row(values, row, c, C):
 
 @triton.jit
 def _gates(x, h, wx, wh, bias, p, c, H, W, C, sp, sc, G: tl.constexpr, STATE: tl.constexpr, P: tl.constexpr):
-    """The first G gates of a tile before their activations; the others are zero."""
+    """Return the first G gates of a tile before their activations; the others are zero."""
     none = tl.zeros([P, c.shape[0]], tl.float32)
     g0 = none + _row(bias, 0, c, C)
     g1 = none
@@ -97,7 +97,7 @@ def rnn_forward(x, h, wx, wh, bias, new, H, W, C, sn, sp, sc, STATE: tl.constexp
 
 @triton.jit
 def rnn_backward(x, h, wx, wh, bias, dh, d, H, W, C, sn, sp, sc, STATE: tl.constexpr, P: tl.constexpr, B: tl.constexpr):
-    """The gradient of n before its activation."""
+    """Return the gradient of n before its activation."""
     at, p, c, where, there = _tile(H * W, C, sn, sp, sc, P, B)
     g, _, _, _ = _gates(x + at, h + at, wx, wh, bias, p, c, H, W, C, sp, sc, 1, STATE, P)
     new = _tanh(g)
@@ -106,7 +106,7 @@ def rnn_backward(x, h, wx, wh, bias, dh, d, H, W, C, sn, sp, sc, STATE: tl.const
 
 @triton.jit
 def gru_reset(x, h, wx, wh, bias, r, z, rh, H, W, C, sn, sp, sc, STATE: tl.constexpr, P: tl.constexpr, B: tl.constexpr):
-    """The first pass of a GRU, forward and backward: r, z and r.H."""
+    """Return the first pass of a GRU, forward and backward: r, z and r.H."""
     at, p, c, where, there = _tile(H * W, C, sn, sp, sc, P, B)
     g0, g1, _, _ = _gates(x + at, h + at, wx, wh, bias, p, c, H, W, C, sp, sc, 2, STATE, P)
     reset = _sigmoid(g0)
@@ -120,7 +120,7 @@ def gru_reset(x, h, wx, wh, bias, r, z, rh, H, W, C, sn, sp, sc, STATE: tl.const
 def gru_forward(
     x, rh, wx, wh, bias, h, z, new, H, W, C, sn, sp, sc, STATE: tl.constexpr, P: tl.constexpr, B: tl.constexpr
 ):
-    """The second pass: the candidate, from r.H, and H."""
+    """Return the second pass: the candidate, from r.H, and H."""
     at, p, c, where, there = _tile(H * W, C, sn, sp, sc, P, B)
     g, _, _, _ = _gates(x + at, rh + at, wx, wh, bias, p, c, H, W, C, sp, sc, 1, STATE, P)
     update = tl.load(z + where, mask=there, other=0.0)
@@ -134,7 +134,7 @@ def gru_forward(
 def gru_backward(
     x, rh, wx, wh, bias, h, z, dh, dn, dz, H, W, C, sn, sp, sc, STATE: tl.constexpr, P: tl.constexpr, B: tl.constexpr
 ):
-    """The gradients of the candidate and of z before their activations."""
+    """Return the gradients of the candidate and of z before their activations."""
     at, p, c, where, there = _tile(H * W, C, sn, sp, sc, P, B)
     g, _, _, _ = _gates(x + at, rh + at, wx, wh, bias, p, c, H, W, C, sp, sc, 1, STATE, P)
     candidate = _tanh(g)
@@ -167,7 +167,7 @@ def lstm_backward(
     x, h, wx, wh, bias, memory, dh, dc, d0, d1, d2, d3, dc_old, H, W, C, sn, sp, sc,
     STATE: tl.constexpr, P: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of i, f, g and o before their activations, and that of the old cell state."""
+    """Return the gradients of i, f, g and o before their activations, and that of the old cell state."""
     at, p, c, where, there = _tile(H * W, C, sn, sp, sc, P, B)
     g0, g1, g2, g3 = _gates(x + at, h + at, wx, wh, bias, p, c, H, W, C, sp, sc, 4, STATE, P)
     i = _sigmoid(g0)

@@ -42,7 +42,7 @@ def forward(cell: str, x: Tensor, h: Maybe, c: Maybe, weights: Weights, dtype: t
 
 
 def backward(cell: str, x: Tensor, h: Maybe, c: Maybe, weights: Weights, dh: Tensor, dc: Maybe) -> tuple[Tensor, ...]:
-    """The gradients of x, h, c (empty for a cell without), mix, weight and bias, see `native.backward`."""
+    """Return the gradients of x, h, c (empty for a cell without), mix, weight and bias, see `native.backward`."""
     launch = _Launch(x, h)
     wx, wh, bias = _taps(weights, GATES[cell])
     old = x if h is None else h
@@ -77,7 +77,7 @@ def _reset(launch: _Launch, x: Tensor, h: Tensor, *taps: Tensor) -> tuple[Tensor
 
 
 def _taps(weights: Weights, gates: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The weights of X's and H's taps, (G, 9, C) each, and the biases, (G, C), in float32."""
+    """Return the weights of X's and H's taps, (G, 9, C) each, and the biases, (G, C), in float32."""
     mix, weight, bias = weights
     mixes = mix.float().view(gates, -1, 2)
     each = weight.float().view(gates, -1, 9)
@@ -122,14 +122,14 @@ class _Launch:
         return self.batch * triton.cdiv(height * width, self.tile), triton.cdiv(self.channels, self.block)
 
     def spread(self, d: Tensor, wx: Tensor, wh: Tensor, dx: Tensor, dh: Tensor) -> None:
-        """Adds to dx and dh, in float32, from the gradients of the gates, (G, N, C, H, W)."""
+        """Add to dx and dh, in float32, from the gradients of the gates, (G, N, C, H, W)."""
         if d.numel():
             kernels.spread[self._grid()](
                 d, wx, wh, dx, dh, *self.sizes, d.stride(0), G=len(d), P=self.tile, B=self.block
             )  # fmt: skip
 
     def sums(self, d: Tensor, x: Tensor, h: Tensor) -> Tensor:
-        """The sums that the parameters' gradients are made of, (G, 32, C)."""
+        """Return the sums that the parameters' gradients are made of, (G, 32, C)."""
         tiles, blocks = self._grid()
         # Enough programs for a large GPU, and sums of their own for each: the result does not depend on their order.
         parts = max(1, min(tiles, 2048 // (blocks * len(d))))

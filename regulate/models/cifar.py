@@ -135,7 +135,7 @@ def cifar_resnet(
     reduction: int = 0,
     width: int = WIDTHS[0],
 ) -> CifarResNet:
-    """A ResNet of the paper's CIFAR experiments.
+    """Return a ResNet of the paper's CIFAR experiments.
 
     Args:
         depth: 6n + 2: 20, 32, 44, 56, 110 and so on.

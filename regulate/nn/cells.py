@@ -91,7 +91,7 @@ class GateConv(nn.Module):
         return light_gates(x, h, self.mix, self.weight, self.bias, **sizes)
 
     def extra_repr(self) -> str:
-        """What `print(cell)` shows."""
+        """Return what `print(cell)` shows."""
         return f"{self.channels}, gates={self.gates}, kernel={self.kernel!r}"
 
 
@@ -194,7 +194,7 @@ def _called(name: str, convs: tuple[GateConv, ...], rest: list[Tensor], at: int,
 
 
 def _in_one(name: str, x: Tensor, state: State | None, convs: tuple[GateConv, ...]) -> State:
-    """The step by the kernel that fits, or by the equations."""
+    """Return the step by the kernel that fits, or by the equations."""
     weights: Any = tuple((conv.mix, conv.weight, conv.bias) for conv in convs)
     fast = kernels.step(name, x, state, weights)
     if fast is not None:
@@ -203,7 +203,7 @@ def _in_one(name: str, x: Tensor, state: State | None, convs: tuple[GateConv, ..
 
 
 def _takes_steps(conv: nn.Module) -> bool:
-    """Whether a gate convolution may be asked for more than its gates."""
+    """Check whether a gate convolution may be asked for more than its gates."""
     own = type(conv).forward is GateConv.forward and "forward" not in conv.__dict__
     return own and conv.mix is not None and not _compat.is_watched(conv)
 

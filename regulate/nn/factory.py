@@ -28,7 +28,7 @@ _PROTOCOL = (
 
 
 def build_cell(config: RegulatorConfig, channels: int, dims: int) -> nn.Module:
-    """A fresh cell for maps of `channels` channels and `dims` spatial axes."""
+    """Return a fresh cell for maps of `channels` channels and `dims` spatial axes."""
     if isinstance(config.cell, str):
         return CELLS[config.cell](channels, config.kernel, dims)
     _check_call(config.cell, "a cell is built from one argument, its channel count", channels)
@@ -44,7 +44,7 @@ def build_cell(config: RegulatorConfig, channels: int, dims: int) -> nn.Module:
 
 
 def build_fusion(config: RegulatorConfig, block: Block, cell: nn.Module | None) -> Fusion:
-    """The fusion of one block, in the form that its norm allows, with the values torch's layers start from."""
+    """Return the fusion of one block, in the form that its norm allows, with the values torch's layers start from."""
     residual = config.fusion == "residual"
     return Fusion(
         block.read_width,
@@ -60,7 +60,7 @@ def build_fusion(config: RegulatorConfig, block: Block, cell: nn.Module | None) 
 
 
 def build_stage(model: nn.Module, stage: Stage, config: RegulatorConfig) -> list[Fusion]:
-    """The fusions of a stage, one per block, the first with the stage's cell.
+    """Return the fusions of a stage, one per block, the first with the stage's cell.
 
     Each lies on the device of its block's convolution, in its dtype and its training mode. The weights
     come from a generator of their own; the global one is left as it was.
@@ -90,7 +90,7 @@ def build_stage(model: nn.Module, stage: Stage, config: RegulatorConfig) -> list
 
 @contextmanager
 def private_rng(seed: int | None, salt: int) -> Iterator[None]:
-    """Seeds the CPU generator for the body and puts it back. `None` takes `torch.initial_seed()`."""
+    """Seed the CPU generator for the body and put it back. `None` takes `torch.initial_seed()`."""
     base = torch.initial_seed() if seed is None else seed
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would seed the GPU generators as well.

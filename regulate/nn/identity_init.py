@@ -107,7 +107,7 @@ def quadrature_moments(activation: Callable[[Tensor], Tensor], center: Tensor, s
 
 
 def _activation(model: nn.Module, name: str) -> Callable[[Tensor], Tensor] | None:
-    """The activation that a `Source` names, as a float64 function on the CPU."""
+    """Return the activation that a `Source` names, as a float64 function on the CPU."""
     if name in ("none", "relu"):
         return None
     kind, _, path = name.partition(":")
@@ -121,7 +121,7 @@ def _activation(model: nn.Module, name: str) -> Callable[[Tensor], Tensor] | Non
 
 
 def settle(fusion: Fusion, mean: Tensor, variance: Tensor) -> None:
-    """Makes a fusion with batch norm the identity: `[I | 0]` and the norm's statistics and affine.
+    """Make a fusion with batch norm the identity: `[I | 0]` and the norm's statistics and affine.
 
     Args:
         fusion: in the paper's form; its weight and norm are overwritten.
@@ -162,6 +162,6 @@ def _inverse_pair(variance: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 def is_settled(fusion: Fusion) -> bool:
-    """Whether the hidden state contributes nothing to the fusion yet: its weight is still `[I | 0]`."""
+    """Check whether the hidden state contributes nothing to the fusion yet: its weight is still `[I | 0]`."""
     weight = fusion.mix.weight
     return torch.equal(weight, nn.init.dirac_(torch.empty_like(weight)))

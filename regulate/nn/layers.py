@@ -80,7 +80,7 @@ class Mix2d(nn.Conv2d):
         return kernels.laid_out_as(input, super().forward(both))
 
     def _is_1x1(self) -> bool:
-        """Whether it is what `kernels.mixed` computes; the weight may be anybody's."""
+        """Check whether it is what `kernels.mixed` computes; the weight may be anybody's."""
         return self.stride == (1, 1) and self.padding == (0, 0) and self.groups == 1
 
 

@@ -81,7 +81,7 @@ class Fusion(nn.Module):
         self.skip, self.activation = skip, activation
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """Fuses one step's memory into the block.
+        """Fuse one step's memory into the block.
 
         Args:
             x: the map at the write point, (N, M, H, W).
@@ -107,7 +107,7 @@ class Fusion(nn.Module):
         return F.hardtanh(x) if self.activation == "hardtanh" else x
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """Return what `print(model)` shows."""
         return f"skip={self.skip}, activation={self.activation!r}"
 
 

@@ -24,12 +24,12 @@ def aligned(read: Any, x: Any, stride: tuple[int, ...], crop: bool) -> Any:
 
 
 def fitting(state: tuple[Tensor, ...] | None, read: Any) -> tuple[Tensor, ...] | None:
-    """The entering state, or None where its maps have another shape: the memory begins anew there."""
+    """Return the entering state, or None where its maps have another shape: the memory begins anew there."""
     if state is None or not _is_concrete(read) or state[0].shape == read.shape:
         return state
     return None
 
 
 def _is_concrete(x: Any) -> bool:
-    """Whether a shape may be asked for without a trace of the question in compiled or exported code."""
+    """Check whether a shape may be asked for without a trace of the question in compiled or exported code."""
     return not (torch.compiler.is_compiling() or is_tracing() or isinstance(x, fx.Proxy))

@@ -149,7 +149,7 @@ def scope_of(chain: Chain) -> Scope | _Stack:
 
 
 def held(out: Any) -> TensorWeakRef | None:
-    """A weak reference to a block's first output, by which the next block knows what it goes on with."""
+    """Return a weak reference to a block's first output, by which the next block knows what it goes on with."""
     return None if torch.compiler.is_compiling() or (first := first_tensor(out)) is None else TensorWeakRef(first)
 
 

@@ -112,7 +112,7 @@ def _holds(off: tuple[Chain, ...], chain: Chain) -> bool:
 
 
 def _without(off: tuple[Chain, ...], found: tuple[Chain, ...]) -> tuple[Chain, ...]:
-    """The chains without one entry of each of those found."""
+    """Return the chains without one entry of each of those found."""
     left = list(off)
     for chain in found:
         at = next((i for i, one in enumerate(left) if one is chain), None)

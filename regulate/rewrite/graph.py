@@ -79,7 +79,7 @@ def uninstall_from_graph(model: fx.GraphModule, record: Record) -> None:
 
 
 def _reads(node: fx.Node, added: set[str]) -> bool:
-    """Whether a node takes a part of what a regulator put out."""
+    """Check whether a node takes a part of what a regulator put out."""
     return node.target is operator.getitem and isinstance(node.args[0], fx.Node) and str(node.args[0].target) in added
 
 
@@ -113,7 +113,7 @@ def _splice(graph: fx.Graph, stage: Stage) -> None:
 
 
 def _aligned(graph: fx.Graph, read: fx.Node, write: fx.Node, block: Block) -> fx.Node:
-    """The read map on the write grid, as `alignment.aligned` brings it there."""
+    """Return the read map on the write grid, as `alignment.aligned` brings it there."""
     if any(step > 1 for step in block.stride):
         read = _cut(graph, read, (slice(None, None, step) for step in block.stride))
     if block.crop:

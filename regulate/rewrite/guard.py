@@ -18,7 +18,7 @@ _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside nn.DataParallel, DistributedDataParallel and torch.compile, at any depth."""
+    """Return the model inside nn.DataParallel, DistributedDataParallel and torch.compile, at any depth."""
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
@@ -29,7 +29,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def check_model(model: Any) -> None:
-    """Raises the fitting error for anything that is not a model without regulators.
+    """Raise the fitting error for anything that is not a model without regulators.
 
     nn.DataParallel and torch.compile keep nothing that depends on the model's parameters, so they can stay
     around a model while it is rewritten. DistributedDataParallel and FSDP do.

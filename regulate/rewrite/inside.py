@@ -41,7 +41,7 @@ class _Kept:
         self.again: Frame | None = None
 
     def frame(self, writes: bool) -> Frame:
-        """The frame of the second run that is going on, from its read point to its write point."""
+        """Return the frame of the second run that is going on, from its read point to its write point."""
         frame = self.again if writes else None
         if frame is None:
             frame = Frame(None, self.place, self.regulator, self.cell, self.state)
@@ -103,12 +103,12 @@ def frame_again(place: Place, writes: bool, x: Any) -> Frame | None:
 
 
 def _is_made_within(x: Any) -> bool:
-    """Whether the layers that run again have made a map themselves; what enters them is a leaf there."""
+    """Check whether the layers that run again have made a map themselves; what enters them is a leaf there."""
     return isinstance(x, Tensor) and x.requires_grad and not x.is_leaf
 
 
 def _kept_for(place: Place) -> _Kept | None:
-    """What the pass that the running node belongs to has kept: the last that was kept before that node was made."""
+    """Return what the running node's pass has kept: the last that was kept before that node was made."""
     with _lock:
         found = sorted((one for one in _alive if one.place is place), key=lambda one: one.number)
     number = running_node_number()

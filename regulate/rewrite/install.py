@@ -183,7 +183,7 @@ def _geometry(block: Block) -> tuple[tuple[int, ...], bool, str, str]:
 
 
 def _below(stage: Stage, path: str) -> Stage:
-    """The stage in paths relative to its container; how the start was chosen is of no use any more."""
+    """Return the stage in paths relative to its container; how the start was chosen is of no use any more."""
     blocks = tuple(
         replace(
             block,

@@ -127,7 +127,7 @@ def check_blocks_are_called(model: nn.Module) -> None:
 
 
 def blocks(model: nn.Module) -> list[tuple[Block, ...]]:
-    """The regulated blocks by stage, under their paths in the model."""
+    """Return the regulated blocks by stage, under their paths in the model."""
     return [
         tuple(
             replace(b, name=join(path, b.name), read=join(path, b.read), write=join(path, b.write))

@@ -84,7 +84,7 @@ def forget_after_backward(memory: Memory) -> None:
 
 
 def _storage(args: Any) -> Any:
-    """The storage of a block's first tensor."""
+    """Return the storage of a block's first tensor."""
     for leaf in tree_leaves(args):
         if isinstance(leaf, Tensor) and not isinstance(leaf, fx.Proxy):
             try:

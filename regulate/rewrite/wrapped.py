@@ -80,7 +80,7 @@ def run_block(self: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: 
 
 
 def _regulator(block: nn.Module, place: Place) -> nn.Module:
-    """The block's fusion, in the first block with the cell of the stage."""
+    """Return the block's fusion, in the first block with the cell of the stage."""
     found = block._modules.get("regulator")
     whole = found is not None and (place.index > 0 or found._modules.get("cell") is not None)
     if found is None or not whole:
@@ -92,7 +92,7 @@ def _regulator(block: nn.Module, place: Place) -> nn.Module:
 
 
 def _before(place: Place, args: Any) -> Memory | None:
-    """The memory that the block before left; None for the first block, which begins one."""
+    """Return the memory that the block before left; None for the first block, which begins one."""
     if place.index == 0:
         return None
     found = memory_for(place.chain, args, is_repeated()) or _begun(place)
@@ -106,7 +106,7 @@ def _before(place: Place, args: Any) -> Memory | None:
 
 
 def _begun(place: Place) -> Memory | None:
-    """A memory that begins with a later block: the container's own code has left out those before it.
+    """Return a memory that begins with a later block: the container's own code has left out those before it.
 
     Which blocks run, and in what order, is up to the container; the memory goes from one to the next as they come.
     """
@@ -121,7 +121,7 @@ def _begun(place: Place) -> Memory | None:
 
 
 def _lasting(cell: Any, block: nn.Module) -> Any:
-    """The cell as all blocks of the chain can call it.
+    """Return the cell as all blocks of the chain can call it.
 
     FSDP gathers the weights of the first block, the cell's among them, while that block runs and frees them behind
     it. The other blocks then compute with copies, through which the gradient flows back to the first block.

@@ -113,13 +113,13 @@ class Plan:
         return sum(stage.macs for stage in self.stages)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON values; `from_dict` reads them back."""
+        """Return the plan as JSON values; `from_dict` reads them back."""
         listed: dict[str, Any] = _listed(asdict(self))
         return listed
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Plan:
-        """Rebuilds a plan from `to_dict`'s result."""
+        """Rebuild a plan from `to_dict`'s result."""
         return cls(
             model=values["model"],
             options=dict(values["options"]),
@@ -148,7 +148,7 @@ class Plan:
 
 
 def stage_from_dict(values: Mapping[str, Any]) -> Stage:
-    """Rebuilds a stage from its JSON values."""
+    """Rebuild a stage from its JSON values."""
     blocks = tuple(
         Block(
             **{
@@ -173,7 +173,7 @@ def _listed(value: Any) -> Any:
 
 
 def _text(plan: Plan) -> str:
-    """What `print(plan)` shows: stages, read and write points, growth, and what is left alone."""
+    """Return what `print(plan)` shows: stages, read and write points, growth, and what is left alone."""
     head = [
         f"{plan.model}: {_options(plan)}, input {'x'.join(map(str, plan.input_size))}",
         "",

@@ -80,7 +80,7 @@ def restart(model: nn.Module) -> None:
 
 
 def _is_plain_state(model: nn.Module, state: Mapping[str, Any]) -> bool:
-    """Whether a state has all of the regulated blocks but nothing of their regulators."""
+    """Check whether a state has all of the regulated blocks but nothing of their regulators."""
     roots = tuple(path for path, _ in regulators(model))
     blocks = tuple(root.removesuffix("regulator") for root in roots)
     own = [key for key in model.state_dict() if key.startswith(blocks)]

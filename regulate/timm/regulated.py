@@ -27,7 +27,7 @@ def register() -> None:
 
 
 def _cards(architecture: str, names: list[str]) -> DefaultCfg:
-    """The cards of an architecture by tag, the default first."""
+    """Return the cards of an architecture by tag, the default first."""
     default = get_pretrained_cfg(architecture)
     cards = {card.tag or "": card for card in (default, *map(get_pretrained_cfg, names)) if card is not None}
     return DefaultCfg(deque(cards), cards, any(card.has_weights for card in cards.values()))

@@ -78,5 +78,5 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, partial: bool) -> N
 
 
 def _plain(key: str) -> str:
-    """A tensor's name without what feature extractors change: a prefix, and dots that become underscores."""
+    """Return a tensor's name without what feature extractors change: a prefix, and dots that become underscores."""
     return re.sub(r"^(model|body)\.", "", key).replace(".", "_")

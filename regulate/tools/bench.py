@@ -74,7 +74,7 @@ class Setting:
 
 
 def measure(setting: Setting) -> dict[str, Any]:
-    """Measures a network, plain and regulated in turn (A B A B), so that a slow minute slows both.
+    """Measure a network, plain and regulated in turn (A B A B), so that a slow minute slows both.
 
     Args:
         setting: see `Setting`.
@@ -122,7 +122,7 @@ def step(setting: Setting, config: RegulatorConfig | None, size: int) -> Callabl
 
 
 def _wake(model: nn.Module) -> None:
-    """Gives zero-initialised norms a weight: a trained network does not compute with zeros and vanishing gradients."""
+    """Give zero-initialised norms a weight: a trained network does not compute with zeros and vanishing gradients."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("weight") and parameter.dim() == 1 and not parameter.any():
@@ -154,7 +154,7 @@ def step_of(model: nn.Module, setting: Setting, size: int) -> Callable[[], None]
 
 
 def _loss(out: Any) -> Tensor:
-    """Some number of every tensor in a model's output."""
+    """Return some number of every tensor in a model's output."""
     parts = out.values() if isinstance(out, Mapping) else out if isinstance(out, (tuple, list)) else ()
     return sum((_loss(part) for part in parts), torch.zeros(())) if parts else out.float().square().mean()
 
@@ -187,7 +187,7 @@ def _on_gpu(run: Callable[[], None]) -> float:
 
 
 def peak_bytes(setting: Setting, config: RegulatorConfig | None, size: int) -> int | None:
-    """The most memory that building the network and two steps take, weights included.
+    """Return the most memory that building the network and two steps take, weights included.
 
     On a GPU what torch allocates; on the CPU the resident set of a process of its own, less what it was
     before the network was built. None there if the network is compiled, and where the system does not tell
@@ -219,7 +219,7 @@ def _resident_peak(setting: Setting, config: RegulatorConfig | None, size: int, 
 
 
 def report(found: Mapping[str, Any]) -> str:
-    """The figures as text."""
+    """Return the figures as text."""
     setting, here = found["setting"], found["machine"]
     config = setting["config"]
     lines = [

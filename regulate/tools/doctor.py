@@ -63,7 +63,7 @@ def _triton() -> str:
 
 
 def _advice(missing: list[str]) -> list[str]:
-    """What is worth installing here, each with its reason."""
+    """Return what is worth installing here, each with its reason."""
     advice = []
     if kernels.why_no_native() is not None:
         advice.append("g++ or clang++, for the native kernels")

@@ -104,7 +104,7 @@ def _range(maps: list[Any]) -> tuple[float, float]:
 
 
 def _picture(image: Tensor) -> Any:
-    """A normalised image (C, H, W) as matplotlib shows it: stretched to [0, 1], grey unless it has three channels."""
+    """Return a normalised image (C, H, W) as matplotlib shows it: stretched to [0, 1], grey unless C is 3."""
     image = image.float().cpu()
     image = (image - image.min()) / (image.max() - image.min()).clamp_min(1e-12)
     return image.permute(1, 2, 0).numpy() if len(image) == 3 else image.mean(0).numpy()
@@ -145,7 +145,7 @@ def _memory(steps: dict[str, list[Step]]) -> Any:
 
 
 def _gates(steps: dict[str, list[Step]]) -> Any:
-    """A panel for each gate of each stage: mean and standard deviation over images, channels and positions."""
+    """Draw a panel for each gate of each stage: mean and standard deviation over images, channels and positions."""
     pyplot = _pyplot()
     names = list(next(iter(steps.values()))[0].gates)
     figure, axes = pyplot.subplots(
@@ -167,7 +167,7 @@ def _gates(steps: dict[str, list[Step]]) -> Any:
 
 
 def _count_blocks(axis: Any) -> None:
-    """Number blocks on the x axis: whole numbers only."""
+    """Number the blocks on the x axis: whole numbers only."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_xlabel("block of the stage")

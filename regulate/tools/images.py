@@ -16,7 +16,7 @@ _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 def pictures(
     folder: str | Path, count: int, size: int, card: Mapping[str, Any] | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Reads images, resizes and crops them to a square and normalises them.
+    """Read images, resize and crop them to a square and normalise them.
 
     Args:
         folder: of images, or of one folder of images for each class; the classes' names are in the order

@@ -94,7 +94,7 @@ ROWS = _rows()
 
 
 def count(row: Row) -> Counted:
-    """Builds a row's network without weights being touched and counts.
+    """Build a row's network without weights being touched and counts.
 
     Args:
         row: the line of the table.

@@ -38,7 +38,7 @@ class _Moments:
 
 
 def calibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Any]]) -> nn.Module:
-    """Measures mean and variance at every write point and lets the fusions start from them.
+    """Measure mean and variance at every write point and let the fusions start from them.
 
     `regulate` estimates these moments from the norm before the write point. Where there is none, or where
     its parameters tell little of the data, measured ones keep the network nearer to its old self in train

@@ -40,7 +40,7 @@ class GradientWatch:
                     self.handles.append(parameter.register_post_accumulate_grad_hook(self._heard(path)))
 
     def remove(self) -> None:
-        """Takes the hooks away."""
+        """Take the hooks away."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()

@@ -134,7 +134,7 @@ def _wrapping(own: type[nn.Module], run: Callable[..., Any]) -> Forward:
 
 
 def _lineage(cls: type) -> tuple[list[type[Part]], type]:
-    """The roles of a class, the first one first, and the class without them."""
+    """Return the roles of a class, the first one first, and the class without them."""
     roles: list[type[Part]] = []
     if _PARAMETRIZED in vars(cls):
         return _lineage(cls.__bases__[0])[0], vars(cls)[_PARAMETRIZED]
@@ -151,7 +151,7 @@ def _with_roles(own: type[nn.Module], roles: list[type[Part]]) -> type[nn.Module
 
 
 def _rebuilt(roles: list[type[Part]], make: Callable[..., nn.Module], *args: Any) -> nn.Module:
-    """What a pickle calls: the object as its own class makes it, then in its roles."""
+    """Return what a pickle calls: the object as its own class makes it, then in its roles."""
     made: nn.Module = args[0].__new__(*args) if make is copyreg.__newobj__ else make(*args)  # type: ignore[attr-defined]
     object.__setattr__(made, "__class__", _with_roles(type(made), roles))
     return made
