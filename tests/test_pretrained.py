@@ -9,7 +9,15 @@ import torch
 from timm import create_model
 from torch import nn
 
-from regulate import CheckpointError, UnsupportedModelError, from_pretrained, is_regulated, regulate, save_pretrained
+from regulate import (
+    CheckpointError,
+    UnsupportedModelError,
+    from_pretrained,
+    is_regulated,
+    regulate,
+    regulator_parameters,
+    save_pretrained,
+)
 from regulate.models.by_name import load_model
 
 from .helpers import network, stirred
@@ -27,7 +35,8 @@ def test_a_round_trip_is_exact(name, tmp_path):
     assert not again.training
     with torch.no_grad():
         assert torch.equal(again(X), model.eval()(X))
-    assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == {"config.json", "model.safetensors"}
+    files = {path.name for path in (tmp_path / "new" / "folder").iterdir()}
+    assert files == {"README.md", "config.json", "model.safetensors"}
 
 
 def test_the_config_is_the_one_that_timm_writes(tmp_path):
@@ -186,3 +195,31 @@ def test_the_hub_is_reached_through_huggingface_hub_only(good, monkeypatch):
     assert is_regulated(model)
     options = {"revision": "main", "cache_dir": None, "token": "secret"}
     assert asked == [("someone/network", name, options) for name in ("config.json", "model.safetensors")]
+
+
+def test_the_card_says_what_was_regulated_and_how_to_load_it(tmp_path):
+    model = regulate(create_model("resnet18", num_classes=7), cell="gru", stages=["layer2", "layer3"])
+    save_pretrained(model, tmp_path, metrics={"top-1 (%)": 91.25})
+    card = (tmp_path / "README.md").read_text()
+    new = sum(p.numel() for p in regulator_parameters(model))
+    assert card.startswith("---\nlibrary_name: timm\n")
+    assert "# resnet18 with gru regulators" in card
+    assert "| regulated | 4 blocks in 2 stages |" in card
+    assert f"| parameters | {sum(p.numel() for p in model.parameters()):,}, {new:,} of them in regulators |" in card
+    assert "| cell | gru |" in card and "| top-1 (%) | 91.25 |" in card
+    code = card.partition("```python\n")[2].partition("```")[0].replace("FOLDER", str(tmp_path))
+    space = {}
+    exec(code, space)
+    assert is_regulated(space["model"])
+
+
+def test_a_card_of_the_users_own_stays(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    save_pretrained(regulate(create_model("resnet18")), tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_a_card_without_metrics_has_no_table_of_them(tmp_path):
+    save_pretrained(regulate(create_model("resnet18")), tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "Measured" not in card and "\n\n\n" not in card

@@ -17,10 +17,11 @@ from ..errors import CheckpointError, UnsupportedModelError, first_line
 from ..rewrite.guard import check_regulated, unwrapped
 from ..utils.classes import original
 from .archive import replaced
+from .card import model_card
 from .compatibility import REGULATED, differences
-from .save_load import load, save
+from .save_load import load, options_of, save
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 # What create_model takes beside the network's own arguments: where it loads from. Not for a file to say.
 _CONTROL = {"model_name", "pretrained", "checkpoint_path", "cache_dir", "features_only"}
@@ -30,17 +31,24 @@ _OPTIONS = {field.name for field in fields(RegulatorConfig)}
 _DATA = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes", "label_names")
 
 
-def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: Mapping[str, Any] | None = None) -> None:
+def save_pretrained(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    model_args: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, float | str] | None = None,
+) -> None:
     """Write a regulated timm network as a folder that `from_pretrained` and the Hugging Face hub take.
 
     config.json is timm's own, with the regulator's options for the reader; model.safetensors is a file of
-    `save` with everything in it. Each appears wholly or not at all.
+    `save` with everything in it; README.md is a model card, where there is none yet. Each appears wholly or not at all.
 
     Args:
         model: a regulated model of timm; a wrapper around one will do.
         folder: made if it is not there; upload it with `huggingface_hub.upload_folder`.
         model_args: arguments of `timm.create_model` that the network was built with, as JSON values, where
             timm did not keep them itself.
+        metrics: what was measured, by name, such as `{"top-1 (%)": 91.2}`; goes into the card.
 
     Raises:
         NotRegulatedError: there are no regulators.
@@ -68,6 +76,9 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: Mapping
         config = json.loads(temporary.read_text())
         _check_rebuilt(model, _build(config))
         save(model, folder / WEIGHTS)
+    if not (folder / CARD).exists():
+        with replaced(folder / CARD) as temporary:
+            temporary.write_text(model_card(model, options_of(model), metrics), encoding="utf-8")
 
 
 def from_pretrained(

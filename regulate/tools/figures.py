@@ -167,7 +167,7 @@ def _gates(steps: dict[str, list[Step]]) -> Any:
 
 
 def _count_blocks(axis: Any) -> None:
-    """Number the blocks on the x axis: whole numbers only."""
+    """Put whole numbers of blocks on the x axis."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_xlabel("block of the stage")

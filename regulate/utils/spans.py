@@ -53,6 +53,6 @@ def repeated_node() -> int:
 
 
 def _thread() -> int | None:
-    """This thread, whose numbers of autograd are its own; None for one of autograd's, which serve others."""
+    """Return this thread, whose numbers of autograd are its own; None for one of autograd's, which serve others."""
     thread = threading.current_thread()
     return None if isinstance(thread, threading._DummyThread) else thread.ident
