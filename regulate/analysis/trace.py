@@ -1,6 +1,6 @@
 """torch.fx traces: what runs after what, and inside which module.
 
-Tracing runs a module's code, so it is done on skeletons only (`skeleton.py`).
+Tracing runs a module's code, so it is done on skeletons only (`meta_copy.py`).
 
 Which modules are opened? Only such as hold a convolution. Norms, activations, dropout, DropPath,
 pools and the like hold none and stay closed, so their `self.training` branches are never frozen and

@@ -1,6 +1,6 @@
 """Fast forms of the light cells: the same parameters, the same results to rounding, less memory traffic.
 
-`regulate.equations` is the reference. Three faster forms stand beside it:
+`reference.py` is the written-out step. Three faster forms stand beside it:
 
     native   C++ for float32 on the CPU (light.cpp), of the wheel, or compiled once by the compiler that is there
     triton   for CUDA
