@@ -237,7 +237,8 @@ def test_what_cannot_be_stored_says_so(tmp_path):
 KILLED = """
 import os, signal, sys
 import safetensors.torch
-from regulate import archive, regulate, save
+from regulate import regulate, save
+from regulate.checkpoint import archive
 from regulate.models.by_name import load_model
 
 def half(tensors, path, metadata):
