@@ -8,7 +8,7 @@ tests/test_compat.py takes each of the others away.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -68,14 +68,8 @@ _tree_leaves: Callable[[Any], list[Any]] | None = _symbol("utils._pytree.tree_le
 _tree_map: Callable[[Callable[[Any], Any], Any], Any] | None = _symbol("utils._pytree.tree_map")
 
 
-class _Blind:
+class _Blind(nullcontext[None]):
     """In the place of a TorchDispatchMode: sees no operator."""
-
-    def __enter__(self) -> _Blind:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
 
 
 # Base classes. Without them: torch's own classes that have them, and what is derived from these.
@@ -137,21 +131,11 @@ def in_checkpoint_function() -> bool:
 
 
 def saving_hooks() -> Any:
-    """Return what saved tensors pass through now, None if they pass through nothing.
+    """Return the hooks that saved tensors pass through now, as in non-reentrant checkpointing; None without any.
 
-    Without the symbol, something else each time: what would be kept for a second run is kept always.
+    Without the symbol, something else each time: what a second run would need is kept always, longer than needed.
     """
     return object() if _saving_hooks is None else _saving_hooks(True)
-
-
-def saves_through_hooks() -> bool:
-    """Check whether saved tensors pass through hooks, as in non-reentrant checkpointing.
-
-    Without the symbol: yes, which keeps a reference to the state longer than needed.
-    """
-    if _saving_hooks is None:
-        return True
-    return _saving_hooks(True) is not None
 
 
 def after_backward(do: Callable[[], None]) -> None:

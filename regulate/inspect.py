@@ -220,7 +220,6 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     return F.cosine_similarity(a.flatten(1), b.flatten(1)).mean().item()
 
 
-@torch.no_grad()
 def block_accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
     """How well each block's output is classified by average pooling and the model's last layer: Fig. 1 (b).
 
@@ -242,7 +241,8 @@ def block_accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -
     for images, labels in batches:
         for name, output in outputs(model, images).items():
             if output.shape[1] == linear[-1].in_features:
-                right = linear[-1](output.flatten(2).mean(2)).argmax(1) == labels
+                with torch.no_grad():
+                    right = linear[-1](output.flatten(2).mean(2)).argmax(1) == labels
                 hits[name] = hits.get(name, 0) + int(right.sum())
         count += len(labels)
     if not hits:

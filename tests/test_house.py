@@ -33,7 +33,7 @@ ORDER = (
     ("__main__",),
 )
 # What is private to torch and timm is to stand in one file.
-LONGER = {"_compat.py": 320}
+LONGER = {"_compat.py": 300}
 FILES = [path for path in (ROOT / "regulate").rglob("*") if path.suffix in (".py", ".cpp", ".h")]
 
 

@@ -211,6 +211,8 @@ def test_the_card_says_what_was_regulated_and_how_to_load_it(tmp_path):
     space = {}
     exec(code, space)
     assert is_regulated(space["model"])
+    with pytest.raises(RuntimeError, match="regulator"):  # timm alone, as the card says
+        create_model(f"local-dir:{tmp_path}", pretrained=True)
 
 
 def test_a_card_of_the_users_own_stays(tmp_path):

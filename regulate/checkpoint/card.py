@@ -55,7 +55,6 @@ def model_card(model: nn.Module, config: RegulatorConfig, metrics: Mapping[str, 
         metrics: what was measured, by name.
     """
     stages = blocks(model)
-    new = {id(p): p.numel() for _, module in regulators(model) for p in module.parameters()}
     options = [f"| {name} | {value} |" for name, value in config.to_dict().items() if value is not None]
     rows = [f"| {name} | {value} |" for name, value in (metrics or {}).items()]
     return _PAGE.format(
@@ -64,7 +63,7 @@ def model_card(model: nn.Module, config: RegulatorConfig, metrics: Mapping[str, 
         blocks=sum(map(len, stages)),
         stages=len(stages),
         parameters=sum(p.numel() for p in model.parameters()),
-        new=sum(new.values()),
+        new=sum(p.numel() for _, module in regulators(model) for p in module.parameters()),
         options="\n".join(options),
         metrics="\n".join(["\n## Measured\n\n| | |\n|---|---|", *rows, ""]) if rows else "",
     )

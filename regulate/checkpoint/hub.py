@@ -145,7 +145,7 @@ def _build(config: Any) -> nn.Module:
 
 
 def _check_rebuilt(model: nn.Module, rebuilt: nn.Module) -> None:
-    """Check whether timm rebuilds the same network, module by module; dropout rates do not count, as in timm."""
+    """Raise CheckpointError unless timm rebuilds the same modules; dropout rates do not count, as in timm."""
     was, now = _parts(model), _parts(rebuilt)
     differing = differences(was, now)
     if differing:

@@ -42,9 +42,7 @@ class _Kept:
 
     def frame(self, writes: bool) -> Frame:
         """Return the frame of the second run that is going on, from its read point to its write point."""
-        frame = self.again if writes else None
-        if frame is None:
-            frame = Frame(None, self.place, self.regulator, self.cell, self.state)
+        frame = self.again or Frame(None, self.place, self.regulator, self.cell, self.state)
         # Behind the write point it would hold the graph of the second run.
         self.again = None if writes else frame
         return frame

@@ -18,7 +18,7 @@ from .._compat import (
     after_backward,
     in_backward,
     running_node_number,
-    saves_through_hooks,
+    saving_hooks,
     sequence_number,
     tree_leaves,
 )
@@ -38,7 +38,7 @@ class _Note:
 
 def note(place: Place, memory: Memory, args: Any) -> None:
     """Remember the memory that enters a block, if the block may be run again in the backward pass."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not saves_through_hooks():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or saving_hooks() is None:
         return
     storage = _storage(args)
     if storage is not None:
