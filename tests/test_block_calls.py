@@ -22,7 +22,6 @@ from regulate import (
     unregulate,
 )
 from regulate.models.cifar import CifarBlock
-from regulate.rewrite.alignment import aligned
 from regulate.rewrite.carrier import STACK
 
 from .helpers import network, small, small_block, stir, stirred
@@ -401,7 +400,3 @@ def test_where_the_grids_of_a_chain_part_the_memory_begins_anew():
         with torch.no_grad():
             assert torch.equal(regulated(x), model(x))
         assert begins == expected
-
-
-def test_a_read_map_of_another_grid_is_resampled():
-    assert aligned(torch.randn(2, 8, 24, 20), torch.randn(2, 8, 16, 16), (1, 1), False).shape == (2, 8, 16, 16)

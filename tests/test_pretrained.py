@@ -206,7 +206,7 @@ def test_the_card_says_what_was_regulated_and_how_to_load_it(tmp_path):
     assert "# resnet18 with gru regulators" in card
     assert "| regulated | 4 blocks in 2 stages |" in card
     assert f"| parameters | {sum(p.numel() for p in model.parameters()):,}, {new:,} of them in regulators |" in card
-    assert "| cell | gru |" in card and "| top-1 (%) | 91.25 |" in card
+    assert "None" not in card and "| cell | gru |" in card and "| top-1 (%) | 91.25 |" in card
     code = card.partition("```python\n")[2].partition("```")[0].replace("FOLDER", str(tmp_path))
     space = {}
     exec(code, space)
