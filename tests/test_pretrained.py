@@ -212,7 +212,7 @@ def test_the_card_says_what_was_regulated_and_how_to_load_it(tmp_path):
     exec(code, space)
     assert is_regulated(space["model"])
     with pytest.raises(RuntimeError, match="regulator"):  # timm alone, as the card says
-        create_model(f"local-dir:{tmp_path}", pretrained=True)
+        create_model("resnet18", num_classes=7, checkpoint_path=str(tmp_path / "model.safetensors"))
 
 
 def test_a_card_of_the_users_own_stays(tmp_path):
