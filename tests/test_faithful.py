@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from regulate import NoBlocksError, disabled, plan, regulate, unregulate
+from regulate import NoBlocksError, disabled, kernels, optimize_for_inference, plan, regulate, unregulate
 from regulate.rewrite.lookup import regulated_blocks
 
 from . import strange_blocks
@@ -97,6 +97,25 @@ def differing(model: nn.Module, regulated: nn.Module, training: bool, seeds=(0, 
     return found
 
 
+def exchanged(block: nn.Module) -> None:
+    block.act = nn.SiLU()
+
+
+def taken_out(block: nn.Module) -> None:
+    block.act = nn.Identity()
+
+
+def hooked(block: nn.Module) -> None:
+    block.act.register_forward_hook(lambda module, args, out: 9 - 20 * out)
+
+
+def negating_from_now_on(block: nn.Module) -> None:
+    block.alpha = -1.5
+
+
+LATER = [exchanged, taken_out, hooked, negating_from_now_on]
+
+
 @settings(
     max_examples=CASES,
     deadline=None,
@@ -105,8 +124,8 @@ def differing(model: nn.Module, regulated: nn.Module, training: bool, seeds=(0, 
     phases=[Phase.generate],
     database=None,
 )
-@given(recipe=recipes, training=st.booleans(), seed=st.integers(0, 99))
-def test_whatever_is_regulated_computes_what_it_computed(recipe, training, seed):
+@given(recipe=recipes, training=st.booleans(), seed=st.integers(0, 99), later=st.sampled_from(LATER))
+def test_whatever_is_regulated_computes_what_it_computed(recipe, training, seed, later):
     model = network(recipe)
     before = random.getstate(), torch.get_rng_state(), pickle.dumps(model)
     # In train mode the paper's form normalises by the batch; the residual one is the identity there as well.
@@ -123,7 +142,7 @@ def test_whatever_is_regulated_computes_what_it_computed(recipe, training, seed)
     restored = pickle.loads(pickle.dumps(regulated))
     for either in (model, restored):
         for block in either[1]:
-            block.alpha = -1.5
+            later(block)
     assert not differing(model, restored, training, (seed, seed + 1, seed + 2))
     back = unregulate(regulated)
     assert [(type(m), set(vars(m))) for m in back.modules()] == [
@@ -201,6 +220,37 @@ def test_a_hook_that_changes_an_activation_is_honoured():
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         assert same(regulated(x), model(x))
+
+
+@pytest.mark.parametrize("change", [exchanged, taken_out, hooked], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("activation", ["relu", "relu6", "hardtanh"])
+@pytest.mark.parametrize(("norm", "training"), [("batch", False), ("group", False), ("group", True)])
+@pytest.mark.parametrize("form", ["native", "reference"])
+def test_an_activation_that_is_changed_after_regulate_is_honoured(activation, change, norm, training, form):
+    """The fusion has that activation itself by then, and must not cut what the new one lets pass."""
+    model = network(Recipe(activation=activation, norm=norm))
+    assert {block.activation for block in plan(model).blocks} == {activation}
+    regulated = regulate(model)
+    for either in (model, regulated):
+        for block in either[1]:
+            change(block)
+    with kernels.use(form):
+        assert not differing(model, regulated, training)
+
+
+def test_an_activation_that_is_changed_is_honoured_by_what_is_folded_exported_and_compiled():
+    model = network(Recipe()).eval()
+    regulated, x = regulate(model), torch.randn(2, 3, 16, 16)
+    for either in (model, regulated):
+        for block in either[1]:
+            exchanged(block)
+    with torch.no_grad():
+        for form in (
+            optimize_for_inference(regulated),
+            torch.export.export(regulated, (x,)).module(),
+            torch.compile(regulated, backend="aot_eager", fullgraph=True),
+        ):
+            assert torch.allclose(form(x), model(x), atol=1e-5)
 
 
 def test_a_block_that_cannot_be_traced_is_named_with_file_and_line():

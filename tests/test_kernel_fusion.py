@@ -69,11 +69,54 @@ def test_norm_and_relu_in_eval_mode(layout):
                 assert y.stride() == x.stride()
 
 
+@pytest.mark.parametrize("negative", [False, True], ids=["rectified", "negative"])
+@pytest.mark.parametrize("other", LAYOUTS, ids=["beside nchw", "beside last"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "last"])
+def test_what_a_relu_would_cut_from_the_map_before_is_added(layout, other, negative):
+    for shape in SHAPES:
+        x, before, ours = images(shape, layout), images(shape, other, 0.5).detach(), norm(shape[1])
+        before = (before if negative else before.relu()).requires_grad_()
+        theirs = copy.deepcopy(ours).double()
+        given = [t.detach().double().requires_grad_() for t in (x, before)]
+        y, expected = ours(x, before), theirs(given[0]) - F.relu(-given[1])
+        assert torch.allclose(y.double(), expected, atol=1e-5)
+        assert (y.grad_fn.saved_tensors[-1] is not None) == negative, "nothing is kept that is not needed"
+        weight = torch.randn(shape) * (theirs(given[0]) > 1e-4)
+        found = torch.autograd.grad(y, [x, before], weight, allow_unused=True)
+        right = torch.autograd.grad(expected, given, weight.double())
+        assert (found[1] is None) != negative
+        for a, b in zip(found if negative else found[:1], right, strict=False):
+            assert torch.allclose(a.double(), b, atol=1e-4 * (b.abs().max().item() + 1))
+        with torch.no_grad():
+            folded = ours.eval()(x, before)
+            with kernels.use("reference"):
+                assert torch.allclose(folded, ours(x, before), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["native", "reference"])
+def test_zero_is_no_value_that_a_relu_would_cut(form):
+    """Half of a rectified map is zero: a gradient there would be one that ReLU does not give."""
+    with kernels.use(form):
+        x, before = images((2, 3, 4, 4), torch.contiguous_format), torch.zeros(2, 3, 4, 4)
+        before[1, 2, 3, 1] = -1
+        norm(3)(x, before.requires_grad_()).sum().backward()
+    assert torch.equal(before.grad, -before.detach())
+
+
+def test_a_map_of_another_kind_beside_takes_torchs_operators():
+    part, x = norm(3), images((2, 3, 4, 4), torch.contiguous_format)
+    for before in (torch.randn(2, 3, 4, 4).double(), torch.randn(1, 3, 4, 4)):
+        y = part(x, before)
+        assert type(y.grad_fn).__name__ != "_NormReLUBackward"
+        assert y.dtype == x.dtype
+        assert torch.allclose(y - part(x), before.clamp(max=0).float().expand(2, -1, -1, -1), atol=1e-5)
+
+
 def test_gradients_of_gradients_of_the_norm():
     def penalty(form):
         with kernels.use(form):
             # Twice, so that what it is applied to depends on its weights: nothing may be counted twice.
-            y = part(part(x))
+            y = part(part(x), x)
             grads = torch.autograd.grad(y.square().sum(), [x, part.weight, part.bias], create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in grads), [x, part.weight, part.bias])
 

@@ -1,4 +1,5 @@
-// Batch normalisation and ReLU in one: y = max(0, x * scale + shift) with a scale and a shift per channel.
+// Batch normalisation and ReLU in one: y = max(0, x * scale + shift) with a scale and a shift per channel. Where the
+// map before the fusion is given, what a ReLU would cut from it is added: min(0, unfused).
 //
 // torch reads and writes the map once for each; here it is read once for the moments and once for the result, and
 // the backward sees from x where the ReLU let pass. Tasks are (chunk of the batch, block of channels), each with
@@ -149,13 +150,25 @@ void merge(const Map& map, const Sums& sums, int64_t c, double eps, float* stats
   stats[UNBIASED * map.channels + c] = (float)(deviation / (map.values() - 1));
 }
 
-void scale_relu(const Map& map, const Job& job, const float* x, vec scale, vec shift, float* y) {
+// Returns whether anything of `unfused` is below zero; it may be null.
+bool scale_relu(const Map& map, const Job& job, const float* x, vec scale, vec shift, const float* unfused, float* y) {
+  ivec below = ivec{};
   pieces(map, job, [&](const Piece& piece) {
     vectors(map, job, piece, [&](int64_t at, int64_t wide) {
       vec v = scale * part(x + at, wide) + shift;
-      put(y + at, v < 0.0f ? vec{} : v, wide);
+      v = v < 0.0f ? vec{} : v;
+      if (unfused) {
+        const vec u = part(unfused + at, wide);
+        const ivec negative = u < 0.0f;
+        below |= negative;
+        v += masked(u, (vec)negative);
+      }
+      put(y + at, v, wide);
     });
   });
+  int32_t any = 0;
+  for (int lane = 0; lane < LANES; ++lane) any |= below[lane];
+  return any;
 }
 
 // What the passes of the backward need of a channel.
@@ -207,23 +220,25 @@ void gradient(const Map& map, const Job& job, const float* x, const float* dy, c
 // sizes: N, C, H * W and whether the maps are channels last, for all three functions.
 
 extern "C" int regulate_scale_relu(const int64_t* sizes, int64_t chunks, int64_t threads, const float* x,
-                                    const float* scale, const float* shift, float* y) {
+                                    const float* scale, const float* shift, const float* unfused, float* y) {
   const Map map(sizes, chunks);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < chunks * map.blocks(); ++i) {
     const Flush flush;
     const Job job(map, i);
-    scale_relu(map, job, x, channel(map, job, scale), channel(map, job, shift), y);
+    scale_relu(map, job, x, channel(map, job, scale), channel(map, job, shift), unfused, y);
   }
   return 0;
 }
 
-// With the batch's own moments, which go to `stats`, (3, C).
+// With the batch's own moments, which go to `stats`, (3, C). `below` becomes 1 if anything of `unfused` is below zero.
 extern "C" int regulate_norm_relu(const int64_t* sizes, int64_t chunks, int64_t threads, const float* x,
-                                   const float* weight, const float* bias, double eps, float* stats, float* y) {
+                                   const float* weight, const float* bias, double eps, const float* unfused, float* stats,
+                                   float* below, float* y) {
   const Map map(sizes, chunks);
   const Sums sums(map);
   if (!sums.memory) return 1;
+  int any = 0;
 #pragma omp parallel num_threads(threads)
   {
     const Flush flush;
@@ -231,13 +246,14 @@ extern "C" int regulate_norm_relu(const int64_t* sizes, int64_t chunks, int64_t 
     for (int64_t i = 0; i < chunks * map.blocks(); ++i) moments(map, Job(map, i), x, sums);
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < map.channels; ++c) merge(map, sums, c, eps, stats);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) reduction(| : any)
     for (int64_t i = 0; i < chunks * map.blocks(); ++i) {
       const Job job(map, i);
       const Norm norm(map, job, weight, bias, stats);
-      scale_relu(map, job, x, norm.scale, norm.shift, y);
+      any |= scale_relu(map, job, x, norm.scale, norm.shift, unfused, y);
     }
   }
+  *below = (float)any;
   return 0;
 }
 

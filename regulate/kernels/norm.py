@@ -13,14 +13,18 @@ from .library import call, channels_last, chunks
 from .scale import scale_and_shift
 
 
-def norm_relu(norm: nn.BatchNorm2d, x: Tensor) -> Tensor | None:
+def norm_relu(norm: nn.BatchNorm2d, x: Tensor, unfused: Tensor | None = None) -> Tensor | None:
     """`ReLU(norm(x))` in one pass, or None where torch's operators are to do it.
+
+    With `unfused` it is `ReLU(norm(x)) + min(unfused, 0)`, and of `unfused` no more is kept for the backward than
+    is needed: nothing, if it has nothing below zero.
 
     In one pass: plain float32 on the CPU, in training, or in eval mode without gradients.
 
     Args:
         norm: a batch norm; in training its running statistics move, as in its own forward.
         x: (N, C, H, W).
+        unfused: the map before the fusion, of x's shape.
 
     Returns:
         A new tensor of x's shape.
@@ -32,12 +36,12 @@ def norm_relu(norm: nn.BatchNorm2d, x: Tensor) -> Tensor | None:
     trains = norm.training or not moments
     if not norm.affine or (not trains and torch.is_grad_enabled()):
         return None
-    if not readable(x, norm.weight, norm.bias, *moments):
+    if not readable(x, norm.weight, norm.bias, *moments) or not _beside(x, unfused):
         return None
     if not trains:
-        return _scaled(_dense(x), *scale_and_shift(norm))
+        return _scaled(_dense(x), *scale_and_shift(norm), unfused)
     # torch's norm says what is wrong with a single value.
-    return _in_training(norm, _dense(x)) if x.numel() > x.shape[1] else None
+    return _in_training(norm, _dense(x), unfused) if x.numel() > x.shape[1] else None
 
 
 def scale_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor | None:
@@ -52,12 +56,22 @@ def readable(x: Tensor, *values: Tensor) -> bool:
     )  # fmt: skip
 
 
+def _beside(x: Tensor, unfused: Tensor | None) -> bool:
+    return unfused is None or (native_here(unfused) and unfused.shape == x.shape)
+
+
 def _dense(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
 
 
-def _in_training(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    y, stats = _NormReLU.apply(x, norm.weight, norm.bias, norm.eps)  # type: ignore[no-untyped-call]
+def _as(x: Tensor, other: Tensor | None) -> Tensor | None:
+    """Return the other map as the library reads x."""
+    form = torch.channels_last if channels_last(x) else torch.contiguous_format
+    return None if other is None else other.contiguous(memory_format=form)
+
+
+def _in_training(norm: nn.BatchNorm2d, x: Tensor, unfused: Tensor | None) -> Tensor:
+    y, stats = _NormReLU.apply(x, norm.weight, norm.bias, norm.eps, unfused)  # type: ignore[no-untyped-call]
     move(norm, stats)
     return y  # type: ignore[no-any-return]
 
@@ -74,26 +88,29 @@ def move(norm: nn.BatchNorm2d, stats: Tensor) -> None:
 
 
 class _NormReLU(torch.autograd.Function):
-    """x, weight, bias, eps to y and (3, C), constants to autograd: mean, 1 / deviation and unbiased variance."""
+    """x, weight, bias, eps, unfused to y and (3, C), constants to autograd: mean, 1 / deviation, unbiased variance."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        y, stats = torch.empty_like(x), x.new_empty(3, x.shape[1])
-        _call("regulate_norm_relu", x, x, weight, bias, eps, stats, y)
-        ctx.save_for_backward(x, weight, bias, stats)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, unfused: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        y, stats, below = torch.empty_like(x), x.new_empty(3, x.shape[1]), x.new_empty(1)
+        _call("regulate_norm_relu", x, x, weight, bias, eps, _as(x, unfused), stats, below, y)
+        ctx.save_for_backward(x, weight, bias, stats, unfused if below.item() else None)
         ctx.eps = eps
         ctx.mark_non_differentiable(stats)
         return y, stats
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, stats = ctx.saved_tensors
+        x, weight, bias, stats, unfused = ctx.saved_tensors
+        of_unfused = dy.masked_fill(unfused >= 0, 0) if unfused is not None and ctx.needs_input_grad[4] else None
         if torch.is_grad_enabled():
-            return *_differentiable(x, weight, bias, ctx.eps, dy), None
+            return *_differentiable(x, weight, bias, ctx.eps, dy), None, of_unfused
         dy = dy.contiguous(memory_format=torch.channels_last if channels_last(x) else torch.contiguous_format)
         dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
         _call("regulate_norm_relu_backward", x, x, dy, weight, bias, stats, dx, dweight, dbias)
-        return dx, dweight, dbias, None
+        return dx, dweight, dbias, None, of_unfused
 
 
 def _differentiable(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dy: Tensor) -> list[Tensor | None]:
@@ -106,12 +123,12 @@ def _differentiable(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dy: Ten
     return [next(found) if t.requires_grad else None for t in inputs]
 
 
-def _scaled(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _scaled(x: Tensor, scale: Tensor, shift: Tensor, unfused: Tensor | None = None) -> Tensor:
     y = torch.empty_like(x)
-    _call("regulate_scale_relu", x, x, scale, shift, y)
+    _call("regulate_scale_relu", x, x, scale, shift, _as(x, unfused), y)
     return y
 
 
-def _call(name: str, like: Tensor, *arguments: Tensor | float) -> None:
+def _call(name: str, like: Tensor, *arguments: Tensor | float | None) -> None:
     sizes = [like.shape[0], like.shape[1], like.shape[2] * like.shape[3], int(channels_last(like))]
     call(name, sizes, chunks(like), torch.get_num_threads(), *arguments)

@@ -9,13 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .. import kernels
+from .activations import with_cut
 
 
 class BatchNormReLU2d(nn.BatchNorm2d):
     """`ReLU(batch_norm(x))`: a batch norm whose output is rectified.
 
     Arguments, parameters and buffers are those of `torch.nn.BatchNorm2d`. In training on the CPU both are one pass
-    over the map, and so they are in eval mode without gradients.
+    over the map, and so they are in eval mode without gradients. In a fusion it is given the map before the fusion as
+    well, and adds what a ReLU would cut from that: see `cut`.
 
     Example:
         >>> norm = BatchNormReLU2d(8)
@@ -23,12 +25,20 @@ class BatchNormReLU2d(nn.BatchNorm2d):
         0.0
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise and rectify (N, C, H, W); running statistics move as in `torch.nn.BatchNorm2d`."""
+    def forward(self, input: Tensor, unfused: Tensor | None = None) -> Tensor:
+        """Normalise and rectify (N, C, H, W); running statistics move as in `torch.nn.BatchNorm2d`.
+
+        Args:
+            input: (N, C, H, W).
+            unfused: None, or the map before the fusion, (N, C, H, W).
+        """
         if isinstance(input, fx.Proxy):
-            return _call_in_graph(self, input)
-        fast = kernels.norm_relu(self, input)
-        return F.relu(super().forward(input)) if fast is None else fast
+            return _call_in_graph(self, *((input,) if unfused is None else (input, unfused)))
+        fast = kernels.norm_relu(self, input, unfused)
+        if fast is not None:
+            return fast
+        y = F.relu(super().forward(input))
+        return y if unfused is None else with_cut("relu", y, unfused)
 
 
 class ScaleReLU(nn.Module):
@@ -84,6 +94,7 @@ class Mix2d(nn.Conv2d):
         return self.stride == (1, 1) and self.padding == (0, 0) and self.groups == 1
 
 
-def _call_in_graph(module: nn.Module, x: Any) -> Any:
+def _call_in_graph(module: nn.Module, *maps: Any) -> Any:
     """Stay one call in a graph of torch.fx, as torch's own layers do: its tracers look into all other classes."""
-    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
+    tracer = maps[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), maps, {})

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels.reference import State
 from ..schema.values import Norm
+from .activations import activate
 from .layers import BatchNormReLU2d, Mix2d, ScaleReLU
 
 _BATCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -42,6 +43,7 @@ class Fusion(nn.Module):
         H = ReLU(norm(H));   y = act(norm(W * concat[x, H]))            (the paper's form)
         H = ReLU(norm(H));   y = act(x + norm(W * concat[x, H]))        (`skip=True`)
 
+    with x - act(x) added to y: zero for every map that comes out of such an activation, see `activate`.
     The paper's form needs a norm with running statistics to start as the identity; the second form is
     for norms without, for norm-free networks, and for `fusion="residual"` (no norm, no activation).
 
@@ -51,8 +53,7 @@ class Fusion(nn.Module):
         norm: the norm of H, and of the fused map if `normalise`.
         normalise: whether the fused map is normalised.
         skip: whether x is added to the fused map.
-        activation: `"relu"`, `"relu6"`, `"hardtanh"` or `"none"`. Only an activation that leaves every
-            possible x as it is keeps the identity start.
+        activation: `"relu"`, `"relu6"`, `"hardtanh"` or `"none"`.
         dims: number of spatial axes.
         cell: the stage's shared cell; the first block of a stage owns it.
     """
@@ -94,17 +95,13 @@ class Fusion(nn.Module):
         h = _rectified(self.hidden_norm, state[0])
         # Any other module in the convolution's place takes one map.
         fused = self.mix(x, h) if isinstance(self.mix, Mix2d) else self.mix(torch.cat([x, h], 1))
-        if self.activation == "relu" and not self.skip:
-            return _rectified(self.mix_norm, fused), (h, *state[1:])
-        fused = self.mix_norm(fused)
-        return self._activate(x + fused if self.skip else fused), (h, *state[1:])
+        return self._finish(fused, x), (h, *state[1:])
 
-    def _activate(self, x: Tensor) -> Tensor:
-        if self.activation == "relu":
-            return F.relu(x)
-        if self.activation == "relu6":
-            return F.relu6(x)
-        return F.hardtanh(x) if self.activation == "hardtanh" else x
+    def _finish(self, fused: Tensor, x: Tensor) -> Tensor:
+        if isinstance(self.mix_norm, BatchNormReLU2d):
+            return self.mix_norm(fused, x)  # type: ignore[no-any-return]
+        fused = self.mix_norm(fused)
+        return activate(self.activation, x + fused if self.skip else fused, x)
 
     def extra_repr(self) -> str:
         """Return what `print(model)` shows."""
