@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -120,3 +121,40 @@ def test_a_network_without_regulators_is_refused_and_left_alone():
         with pytest.raises(NotRegulatedError, match=r"call regulate\(model\) first"):
             freeze_backbone(model, frozen)
     assert state_of(model) == before
+
+
+@pytest.mark.parametrize(("net", "options"), [
+    ("cifar/14", {}), ("cifar/14", {"fusion": "residual"}), ("norms", {}), ("cifar/14", {"cell": "gru"}),
+])  # fmt: skip
+def test_regulators_that_are_frozen_at_their_start_are_warned_of(net, options):
+    model = cifar_resnet(14)
+    if net == "norms":  # without running statistics: the form that adds x
+        for block in (*model.layer1, *model.layer2, *model.layer3):
+            block.bn1, block.bn2 = (nn.GroupNorm(2, norm.num_features) for norm in (block.bn1, block.bn2))
+    model, x = regulate(model, **options).train(), torch.randn(2, 3, 16, 16)
+    backbone = next(p for p in model.parameters())
+    silent(model, x)  # they can learn
+    for parameter in regulator_parameters(model):
+        parameter.requires_grad_(False)
+    with torch.no_grad():
+        silent(model, x)  # nothing trains
+    silent(model.eval(), x)
+    with pytest.warns(UserWarning, match=r"frozen at their start.*unregulate\(model\)"):
+        model.train()(x)
+    silent(model, x)  # once
+    assert backbone.requires_grad
+
+
+def test_regulators_that_are_frozen_after_their_training_are_not():
+    model = regulate(cifar_resnet(14)).train()
+    with torch.no_grad():
+        for parameter in regulator_parameters(model):
+            parameter.add_(0.1)
+            parameter.requires_grad_(False)
+    silent(model, torch.randn(2, 3, 16, 16))
+
+
+def silent(model, x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)

@@ -165,3 +165,13 @@ def is_settled(fusion: Fusion) -> bool:
     """Check whether the hidden state contributes nothing to the fusion yet: its weight is still `[I | 0]`."""
     weight = fusion.mix.weight
     return torch.equal(weight, nn.init.dirac_(torch.empty_like(weight)))
+
+
+def is_idle(fusion: nn.Module) -> bool:
+    """Check whether H contributes nothing to a fusion, in any of its forms: no weight of H, or a norm of gain zero."""
+    mix, norm = getattr(fusion, "mix", None), getattr(fusion, "mix_norm", None)
+    weight, gain = getattr(mix, "weight", None), getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor) or weight.is_meta:
+        return False
+    silent = not weight[:, len(weight) :].any()
+    return silent or (isinstance(gain, Tensor) and not gain.any())

@@ -36,6 +36,7 @@ class Chain:
 
     def __init__(self, name: str, length: int) -> None:
         self.name, self.length = name, length
+        self.looked_at = False  # by `idle.warn_if_idle`
         self.off = Spans()  # uses of `disabled`, see `disable.py`
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -27,6 +27,7 @@ from .carrier import (
     scope_of,
 )
 from .disable import is_off
+from .idle import warn_if_idle
 from .lookup import PLACE, POINTS, RECORD
 from .points import Pointed, check_points
 from .recompute import forget_after_backward, is_repeated, note, noted
@@ -52,6 +53,8 @@ def run_block(self: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: 
         return forward(self, *args, **kwargs)
     check_points(self, place)
     regulator = _regulator(self, place)
+    if place.index == 0:
+        warn_if_idle(regulator, place.chain)
     repeated = noted(place, (args, kwargs))
     if (repeated or place.index == 0) and is_repeated():
         # What second runs of later blocks left would hold their maps while this one makes its own.
@@ -82,7 +85,8 @@ def run_block(self: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: 
 def _regulator(block: nn.Module, place: Place) -> nn.Module:
     """Return the block's fusion, in the first block with the cell of the stage."""
     found = block._modules.get("regulator")
-    whole = found is not None and (place.index > 0 or found._modules.get("cell") is not None)
+    # An attribute, not a child: a wrapper in the fusion's place, such as peft's modules_to_save, hands it on.
+    whole = found is not None and (place.index > 0 or getattr(found, "cell", None) is not None)
     if found is None or not whole:
         raise BlockCallError(
             f"block {place.index} of {place.chain.name} calls its {'regulator' if found is None else 'cell'}, which "
