@@ -13,6 +13,7 @@ from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 from torch import fx, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize, prune
+from torch.nn.utils.parametrizations import weight_norm
 
 from regulate import ConvGRUCell, ConvLSTMCell, ConvRNNCell, kernels
 from regulate.kernels import native
@@ -221,3 +222,21 @@ def test_they_are_pickled_and_copied():
     for other in (copy.deepcopy(part), torch.load(buffer, weights_only=False)):
         assert isinstance(other.mix_norm, BatchNormReLU2d)
         assert close(other(x, (h,))[0], plain(part, x, h))
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    ({}, "Fusion(3 into 4, activation='relu', 42 parameters)"),
+    ({"skip": True}, "Fusion(3 into 4, activation='relu', skip=True, 42 parameters)"),
+    ({"cell": ConvRNNCell(3)}, "Fusion(3 into 4, activation='relu', cell=ConvRNNCell, 78 parameters)"),
+])  # fmt: skip
+def test_a_regulator_is_one_line_of_a_printed_network(options, expected):
+    assert repr(fusion(**options)) == expected
+
+
+def test_a_printed_regulator_shows_what_was_put_into_it():
+    part = fusion()
+    part.mix = nn.Sequential(part.mix)
+    assert "(mix): Sequential" in repr(part)
+    part = fusion(cell=ConvRNNCell(3))
+    weight_norm(part.mix)
+    assert "_WeightNorm" in repr(part) and "(gates): GateConv" in repr(part)

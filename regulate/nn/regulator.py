@@ -17,6 +17,7 @@ _BATCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 CONV = {1: nn.Conv1d, 2: Mix2d, 3: nn.Conv3d}
 # No union: before torch 2.9 its compiler knows none.
 _RECTIFYING = (BatchNormReLU2d, ScaleReLU)
+_BUILT = {*_BATCH.values(), *CONV.values(), *_RECTIFYING, nn.GroupNorm, nn.Identity}
 
 
 def build_norm(norm: Norm, channels: int, dims: int, rectified: bool = False) -> nn.Module:
@@ -103,9 +104,23 @@ class Fusion(nn.Module):
         fused = self.mix_norm(fused)
         return activate(self.activation, x + fused if self.skip else fused, x)
 
+    def __repr__(self) -> str:
+        """Return one line for `print(model)`; with a layer of another class inside, as other tools put there, all."""
+        parts = dict(self.named_children())
+        cell = parts.pop("cell", None)
+        if any(type(part) not in _BUILT for part in parts.values()):
+            return super().__repr__()
+        of_cell = "" if cell is None else f", cell={type(cell).__name__}"
+        count = sum(parameter.numel() for parameter in self.parameters())
+        return f"{type(self).__name__}({self.extra_repr()}{of_cell}, {count:,} parameters)"
+
     def extra_repr(self) -> str:
-        """Return what `print(model)` shows."""
-        return f"skip={self.skip}, activation={self.activation!r}"
+        """Return what `print(model)` shows of the fusion itself."""
+        widths = ""
+        if type(self.mix) in _BUILT:
+            write, both = self.mix.weight.shape[:2]
+            widths = f"{both - write} into {write}, "
+        return f"{widths}activation={self.activation!r}{', skip=True' if self.skip else ''}"
 
 
 def _rectified(norm: nn.Module, x: Tensor) -> Tensor:
