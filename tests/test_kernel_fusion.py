@@ -145,6 +145,39 @@ def test_nan_comes_through():
         assert part.eval()(torch.full((1, 3, 2, 2), float("nan"))).isnan().all()
 
 
+@pytest.mark.parametrize("how", ["other strides", "part of a larger one"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "last"])
+def test_tensors_that_were_saved_may_come_back_in_another_layout(how, layout):
+    """As hooks bring them back that keep them elsewhere: the library reads addresses."""
+
+    def back(t):
+        if how == "part of a larger one":
+            room = t.new_zeros(*t.shape[:-1], t.shape[-1] + 3)
+            room[..., :-3] = t
+            return room[..., :-3]
+        order = list(range(t.dim()))[::-1]
+        return t.permute(order).contiguous().permute(order)
+
+    part, x = norm(5), images((3, 5, 7, 6), layout)
+    found = []
+    for unpack in (lambda t: t, back):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            y = part(x)
+        found.append(torch.autograd.grad(y.sin().sum(), [x, part.weight, part.bias]))
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_the_mix_is_a_convolution_where_products_are_rounded_more():
+    x, h, weight = torch.randn(2, 4, 5, 5), torch.randn(2, 3, 5, 5), torch.randn(4, 7, 1, 1)
+    assert kernels.mixed(x, h, weight) is not None
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert kernels.mixed(x, h, weight) is None
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_a_single_value_is_torchs_error():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         norm(3)(torch.randn(1, 3, 1, 1))

@@ -73,7 +73,7 @@ def _run(sites: Sequence[Site], made: Trace, inputs: Inputs, measured: Measured)
     """Run the code with regulators in the blocks; where something else ran than in the trace, without them as well."""
     points, homes = _points(sites), [_home(site) for site in sites]
     try:
-        with with_regulators(made.root, homes):
+        with with_regulators(made.root, homes, points):
             held = observe(made, inputs, measured, points, homes)
     except Exception:
         return _Ran(observe(made, inputs, measured, points, homes), set(homes))
@@ -136,7 +136,7 @@ def _disturbed(site: Site, ran: _Ran) -> str:
         return ""
     return (
         "its code, or that of what runs it, goes over submodules, parameters or the state dict, and would take a "
-        "regulator for one of its own"
+        "regulator for one of its own, or asks for a module's exact type, of which regulate makes a subclass"
     )
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .._compat import tree_leaves
 from ..nn.hiding import HidesRegulator
-from ..utils.classes import become, leave
+from ..utils.classes import Part, become, leave
 from ..utils.modes import fixed_random_state
 from .effects import left_behind, put_back
 from .inputs import Inputs
@@ -141,9 +141,27 @@ class _Regulator(nn.Module):
         raise RuntimeError("it is called by the block's own code")
 
 
+class _Rewritten(Part):
+    """In the place of the roles of points and containers: a subclass of a module's class."""
+
+
+def _runner(root: nn.Module, block: str) -> str:
+    """Return the path of the nearest module around a block that has a forward of its own."""
+    path = block.rpartition(".")[0]
+    while path and isinstance(root.get_submodule(path), nn.ModuleList | nn.ModuleDict):
+        path = path.rpartition(".")[0]
+    return path
+
+
 @contextmanager
-def with_regulators(root: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
-    """Let blocks of a skeleton hold something like a regulator, in the class that they will have, for the body."""
+def with_regulators(root: nn.Module, blocks: Sequence[str], points: Sequence[str]) -> Iterator[None]:
+    """Let blocks of a skeleton hold something like a regulator, for the body, and its modules be of the later classes.
+
+    Args:
+        root: the skeleton.
+        blocks: paths of the blocks; what holds them counts as the container that runs them.
+        points: paths of the modules at their points.
+    """
     modules = [module for path in blocks if "regulator" not in (module := root.get_submodule(path))._modules]
     regulator = _Regulator()
     with ExitStack() as stack:
@@ -152,4 +170,10 @@ def with_regulators(root: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
             module._modules["regulator"] = regulator
             stack.callback(leave, module, HidesRegulator)
             become(module, HidesRegulator)
+        for path in dict.fromkeys((*points, *(_runner(root, path) for path in blocks if path))):
+            module = root.get_submodule(path)
+            if not isinstance(module, Part | fx.GraphModule):
+                with suppress(Exception):  # `install` says of which classes no subclass can be made
+                    become(module, _Rewritten)
+                    stack.callback(leave, module, _Rewritten)
         yield

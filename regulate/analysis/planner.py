@@ -17,6 +17,7 @@ from ..config import RegulatorConfig
 from ..errors import NoBlocksError, UnknownStageError
 from ..nn.factory import build_cell, build_fusion
 from ..schema.plan import Block, Plan, Skipped, Stage
+from ..utils.locks import one_at_a_time
 from ..utils.paths import common_prefix, join, relative
 from .candidates import survey
 from .inputs import Size, sizes
@@ -29,6 +30,7 @@ from .trace import holds_convolution, is_convolution
 _PARTS = 12
 
 
+@one_at_a_time
 def make_plan(
     model: nn.Module,
     config: RegulatorConfig,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import builtins
 import inspect
 import operator
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -101,7 +102,7 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, opens: Callable[[nn.Module, str], bool], inputs: Inputs) -> None:
         super().__init__()
-        self.opens, self.inputs = opens, inputs
+        self.opens, self.inputs, self.thread = opens, inputs, threading.get_ident()
         self.stack = [""]
         self.calls: dict[str, list[Call]] = {}
         self.closed: dict[str, str] = {}
@@ -130,6 +131,8 @@ class _Tracer(fx.Tracer):
         return node
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:  # torch.fx has exchanged `nn.Module.__call__` for all threads
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if not self.opens(m, path):
             return self.create_proxy("call_module", path, args, kwargs)

@@ -107,6 +107,8 @@ class _NormReLU(torch.autograd.Function):
         of_unfused = dy.masked_fill(unfused >= 0, 0) if unfused is not None and ctx.needs_input_grad[4] else None
         if torch.is_grad_enabled():
             return *_differentiable(x, weight, bias, ctx.eps, dy), None, of_unfused
+        # Hooks of saved tensors, such as those that offload them, may bring them back in other strides.
+        x, weight, bias, stats = _dense(x), weight.contiguous(), bias.contiguous(), stats.contiguous()
         dy = dy.contiguous(memory_format=torch.channels_last if channels_last(x) else torch.contiguous_format)
         dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
         _call("regulate_norm_relu_backward", x, x, dy, weight, bias, stats, dx, dweight, dbias)

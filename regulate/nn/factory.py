@@ -62,7 +62,7 @@ def build_fusion(config: RegulatorConfig, block: Block, cell: nn.Module | None) 
 def build_stage(model: nn.Module, stage: Stage, config: RegulatorConfig) -> list[Fusion]:
     """Return the fusions of a stage, one per block, the first with the stage's cell.
 
-    Each lies on the device of its block's convolution, in its dtype and its training mode. The weights
+    Each lies on the device of its block's convolution, in its dtype, and in the block's training mode. The weights
     come from a generator of their own; the global one is left as it was.
 
     Args:
@@ -84,7 +84,8 @@ def build_stage(model: nn.Module, stage: Stage, config: RegulatorConfig) -> list
             weight = next(p for p in model.get_submodule(block.write).parameters() if p.dim() > 1)
             # First the dtype, in whose rounding the start is exact, then the values, then the device.
             start(fusion.to(weight.dtype), block, model, config.init)
-            fusions.append(fusion.to(weight.device).train(model.get_submodule(block.write).training))
+            # The block's mode: a convolution ignores its own, and one that was exchanged may have another.
+            fusions.append(fusion.to(weight.device).train(model.get_submodule(block.name).training))
     return fusions
 
 

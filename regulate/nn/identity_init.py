@@ -40,6 +40,8 @@ def moments(model: nn.Module, sources: Sequence[Source], width: int) -> tuple[Te
         Mean and variance, both (width,), float64 on the CPU.
     """
     parts = [_moments(model, source) for source in sources or (Source(width),)]
+    if sum(len(mean) for mean, _ in parts) != width:  # an activation that halves the channels, more than once
+        parts = [_moments(model, Source(width))]
     return torch.cat([mean for mean, _ in parts]), torch.cat([variance for _, variance in parts])
 
 
@@ -56,7 +58,10 @@ def _moments(model: nn.Module, source: Source) -> tuple[Tensor, Tensor]:
         return unit
     sigma = unit[1] if gamma is None else gamma.detach().double().cpu().abs()
     center = unit[0] if beta is None else beta.detach().double().cpu()
-    mean, variance = _after(_activation(model, source.activation), source.activation, center, sigma)
+    try:
+        mean, variance = _after(_activation(model, source.activation), source.activation, center, sigma)
+    except Exception:  # the user's own module on numbers that are not its map: too few channels, no copy
+        return unit
     half = 0.5**source.gate
     return mean * half, variance * half**2
 
@@ -113,7 +118,8 @@ def _activation(model: nn.Module, name: str) -> Callable[[Tensor], Tensor] | Non
     kind, _, path = name.partition(":")
     if kind == "module":
         module = copy.deepcopy(model.get_submodule(path)).double().cpu().eval()
-        return lambda x: module(x)
+        # Not by a call: hooks are for the maps of the network.
+        return lambda x: module.forward(x)
     owner, _, last = path.rpartition(".")
     home = torch.Tensor if owner == "torch.Tensor" else importlib.import_module(owner)
     function: Callable[[Tensor], Tensor] = getattr(home, last)
@@ -133,7 +139,8 @@ def settle(fusion: Fusion, mean: Tensor, variance: Tensor) -> None:
     assert norm.running_var is not None
     with torch.no_grad():
         nn.init.dirac_(fusion.mix.weight)
-        norm.running_mean.copy_(mean)
+        most = torch.finfo(norm.running_mean.dtype).max / 4
+        norm.running_mean.copy_(mean.clamp(-most, most))
         norm.bias.copy_(norm.running_mean)
         for target, values in zip((norm.running_var, norm.weight), _inverse_pair(variance, norm), strict=True):
             target.copy_(values)
@@ -146,7 +153,7 @@ def _inverse_pair(variance: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
     The variance gives way by a few units in the last place until there is a gain whose scale is 1.
     """
     assert norm.running_var is not None
-    variance = variance.to(norm.running_var)
+    variance = _representable(variance.to(norm.running_var), norm.eps)
     step = torch.finfo(variance.dtype).eps
     for _ in range(32):
         gain = (variance + norm.eps).sqrt()
@@ -159,6 +166,13 @@ def _inverse_pair(variance: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
             break
         variance = torch.where(missed, variance + step * (variance + norm.eps), variance)
     return variance, gain
+
+
+def _representable(variance: Tensor, eps: float) -> Tensor:
+    """Return the nearest variance that can be divided by, and that its type holds."""
+    held = torch.finfo(variance.dtype)
+    # A constant channel has none; eps, which is there for that, may be zero, also after rounding.
+    return variance.clamp(0.0 if eps > held.tiny else held.tiny, held.max / 4)
 
 
 def is_settled(fusion: Fusion) -> bool:

@@ -16,6 +16,7 @@ from ..nn.factory import build_stage
 from ..nn.regulator import Fusion
 from ..schema.plan import Block, Plan, Stage
 from ..utils.classes import Part, become, core, is_plain, subclass
+from ..utils.locks import one_at_a_time
 from ..utils.paths import relative
 from .carrier import Chain, Place
 from .graph import install_in_graph, uninstall_from_graph
@@ -63,6 +64,7 @@ class Prepared:
             raise
 
 
+@one_at_a_time
 def prepare(model: nn.Module, plan: Plan, config: RegulatorConfig) -> Prepared:
     """Build the modules that a plan asks for, and check that the model can take them.
 

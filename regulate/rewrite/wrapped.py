@@ -118,10 +118,17 @@ def _begun(place: Place) -> Memory | None:
     if not isinstance(scope, Scope):
         return None
     stages = zip(vars(scope.owner)[RECORD].stages, scope.chains, strict=True)
-    first = scope.owner.get_submodule(next(stage.blocks[0].name for stage, of in stages if of is place.chain))
-    if _is_sharded(first):
-        return None
-    return Memory(place.chain, first.get_submodule("regulator").cell, None, -1, True, is_repeated())
+    name = next(stage.blocks[0].name for stage, of in stages if of is place.chain)
+    first: nn.Module | None = scope.owner
+    for part in name.split("."):
+        first = None if first is None else first._modules.get(part)
+    cell = None if first is None else getattr(first._modules.get("regulator"), "cell", None)
+    if first is None or cell is None:
+        raise BlockCallError(
+            f"the first block of {place.chain.name}, {name}, holds the cell of the whole stage, and was exchanged or "
+            "removed; call unregulate(model) before blocks are exchanged, and regulate(model) after it"
+        )
+    return None if _is_sharded(first) else Memory(place.chain, cell, None, -1, True, is_repeated())
 
 
 def _lasting(cell: Any, block: nn.Module) -> Any:
