@@ -83,12 +83,12 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read an archive's record and tensors, on the CPU.
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    """Read an archive's record, None where another library wrote it, and its tensors, on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it is no safetensors file, not a whole one, not from `save`, or of a newer format.
+        CheckpointError: it is no safetensors file, not a whole one, or of a newer format.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -113,12 +113,9 @@ def is_archive(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def _record(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
+def _record(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any] | None:
     if _KEY not in metadata:
-        raise CheckpointError(
-            f"{path} was not written by regulate.save; load it into the plain network with load_state_dict, "
-            "then call regulate"
-        )
+        return None
     record = json.loads(metadata[_KEY])
     version = record["format_version"]
     if not isinstance(version, int) or version > FORMAT_VERSION:

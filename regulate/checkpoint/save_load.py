@@ -16,7 +16,7 @@ from ..errors import CheckpointError, RegulateError, first_line, last_line
 from ..inference import is_folded
 from ..nn.cells import CELLS
 from ..rewrite.guard import check_model, check_regulated, regulators, unwrapped
-from ..rewrite.install import prepare
+from ..rewrite.install import Prepared, prepare
 from ..rewrite.lookup import blocks, chains, containers, whole
 from ..utils.rollback import all_or_nothing
 from .archive import read, write
@@ -29,6 +29,7 @@ from .compatibility import (
     identity,
     layout,
 )
+from .foreign import prepared_for
 from .tensors import fill, plain_state
 
 File = str | os.PathLike[str]
@@ -92,7 +93,9 @@ def load(
     Args:
         model: the network without regulators, built as the saved one was: same class, same timm
             architecture, same number of classes, in the dtype of the file. Left untouched unless `inplace`.
-        path: a file of `save`.
+        path: a file of `save`; or the safetensors file of another library, such as a checkpoint of transformers,
+            with the state dict of a regulated network. Such a file has no record: cell, kernel, fusion, norm and
+            stages are told by names and shapes.
         input_size: as `regulate` got it.
         example_inputs: as `regulate` got them.
         inplace: change and return `model` itself. If the call fails, nothing changed; to that end the call holds
@@ -121,17 +124,10 @@ def load(
     record, tensors = read(path)
     inner = unwrapped(model)
     try:
-        check_identity(record["model"], identity(inner))
-        config = RegulatorConfig.from_dict(record["config"])
-        planned = make_plan(inner, config, input_size, example_inputs)
-        check_layout(record["plan"], layout([stage.blocks for stage in planned.stages]))
-        prepared = prepare(inner, planned, config)
-        base = inner.state_dict()
-        if record["content"] == "regulator":
-            kept = tuple(_checked(record["also"], base))
-            check_backbone(record["backbone"], {key: value for key, value in base.items() if not _under(key, kept)})
-            base = {key: value for key, value in base.items() if _under(key, kept)}
-        check_tensors({**base, **prepared.state_dict()}, tensors)
+        if record is None:
+            prepared = prepared_for(inner, tensors, input_size, example_inputs)
+        else:
+            prepared = _prepared(inner, record, tensors, input_size, example_inputs)
     except CheckpointError as error:
         raise CheckpointError(f"{path} does not fit this model: {error}") from error
     except (RegulateError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -146,6 +142,24 @@ def load(
             f"{path} could not be copied into this model, which is as it was: {last_line(error)}"
         ) from error
     return target
+
+
+def _prepared(
+    model: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, Tensor], input_size: Any, example_inputs: Any
+) -> Prepared:
+    """Prepare what the record of a file of `save` says, and check that its tensors fit."""
+    check_identity(record["model"], identity(model))
+    config = RegulatorConfig.from_dict(record["config"])
+    planned = make_plan(model, config, input_size, example_inputs)
+    check_layout(record["plan"], layout([stage.blocks for stage in planned.stages]))
+    prepared = prepare(model, planned, config)
+    base = model.state_dict()
+    if record["content"] == "regulator":
+        kept = tuple(_checked(record["also"], base))
+        check_backbone(record["backbone"], {key: value for key, value in base.items() if not _under(key, kept)})
+        base = {key: value for key, value in base.items() if _under(key, kept)}
+    check_tensors({**base, **prepared.state_dict()}, tensors)
+    return prepared
 
 
 def options_of(model: nn.Module) -> RegulatorConfig:
