@@ -7,12 +7,13 @@ says so, and pickles as the original class.
 from __future__ import annotations
 
 import abc
+import copy
 import copyreg
 import functools
 from collections.abc import Callable
 from typing import Any, cast
 
-from torch import nn
+from torch import fx, nn
 
 Forward = Callable[..., Any]
 
@@ -113,6 +114,8 @@ def subclass(role: type[Part], own: type[nn.Module]) -> type[nn.Module]:
         if role._regulate_run is not None:
             members["forward"] = _wrapping(own, role._regulate_run)
         members.update(role._regulate_members(own))
+        if issubclass(own, fx.GraphModule):
+            members.update(_of_graphs(original(own)))
         _made[role, own] = _class(own, (role, own), members)
     return _made[role, own]
 
@@ -131,6 +134,30 @@ def _wrapping(own: type[nn.Module], run: Callable[..., Any]) -> Forward:
         return run(self, own.forward, args, kwargs)
 
     return forward
+
+
+def _of_graphs(own: type[nn.Module]) -> dict[str, Any]:
+    """Return what a role keeps of a GraphModule, which makes a class for each object and writes its code into that."""
+
+    def bare(self: nn.Module) -> Any:
+        """Return the object without roles: another one with the same attributes."""
+        twin = object.__new__(own)
+        twin.__dict__ = self.__dict__
+        return twin
+
+    def recompile(self: nn.Module) -> Any:
+        return bare(self).recompile()
+
+    def __deepcopy__(self: nn.Module, memo: dict[int, Any]) -> Any:
+        made = copy.deepcopy(bare(self), memo)
+        memo[id(self)] = made
+        # A copy of a GraphModule keeps submodules, graph, hooks and meta, and nothing else.
+        kept = {name: value for name, value in vars(self).items() if name.startswith("_regulate_")}
+        vars(made).update(copy.deepcopy(kept, memo))
+        object.__setattr__(made, "__class__", _with_roles(type(made), _lineage(type(self))[0]))
+        return made
+
+    return {"recompile": recompile, "__deepcopy__": __deepcopy__}
 
 
 def _lineage(cls: type) -> tuple[list[type[Part]], type]:
