@@ -84,9 +84,17 @@ def build_stage(model: nn.Module, stage: Stage, config: RegulatorConfig) -> list
             weight = next(p for p in model.get_submodule(block.write).parameters() if p.dim() > 1)
             # First the dtype, in whose rounding the start is exact, then the values, then the device.
             start(fusion.to(weight.dtype), block, model, config.init)
-            # The block's mode: a convolution ignores its own, and one that was exchanged may have another.
-            fusions.append(fusion.to(weight.device).train(model.get_submodule(block.name).training))
+            fusions.append(fusion.to(weight.device).train(_is_training(model, block)))
     return fusions
+
+
+def _is_training(model: nn.Module, block: Block) -> bool:
+    """Return the block's mode: a convolution ignores its own, and one that was exchanged may have another.
+
+    In a GraphModule what held a block is an empty `nn.Module`, whose mode torch does not copy.
+    """
+    module = model.get_submodule(block.name)
+    return (model.get_submodule(block.write) if type(module) is nn.Module else module).training
 
 
 @contextmanager
