@@ -13,17 +13,9 @@ from torch import nn
 from regulate import BlockCallError, NoBlocksError, calibrate, regulate, unregulate
 from regulate.testing import perturb
 
+from .helpers import Block
+
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.bn1, self.act = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
-        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
-
-    def forward(self, x):
-        return x + self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
 
 
 class TrainsItself(Block):

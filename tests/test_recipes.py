@@ -30,7 +30,7 @@ def leaves(out):
 
 x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 with torch.no_grad():
-    torch.save(leaves(model.eval()(list(x) if "Detect" in str(type(model)) or "RCNN" in str(type(model)) else x)), OUT)
+    torch.save(leaves(model.eval()(list(x) if "RCNN" in type(model).__name__ else x)), OUT)
 """
 
 

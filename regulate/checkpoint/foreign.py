@@ -53,7 +53,7 @@ def _check_form(planned: Plan, config: RegulatorConfig, keys: Collection[str]) -
 
     Without norms `fusion="paper"` has the same tensors as `"residual"`, and an activation besides.
     """
-    without = config.fusion == "paper" and not any(f"{_PART}mix_norm." in key for key in keys)
+    without = config.fusion == "paper" and not _has("mix_norm", keys)
     if without and any(block.activation != "none" for stage in planned.stages for block in stage.blocks):
         raise CheckpointError(
             'without norms regulators of fusion="paper" and fusion="residual" have the same tensors; build the '
@@ -81,9 +81,7 @@ def options_in(tensors: Mapping[str, Tensor]) -> RegulatorConfig | None:
             f"the tensors of {first}.regulator are none of an RNN, GRU or LSTM cell of this library; build the "
             "network, call regulate(model, cell=...) with that cell and the other options, then load_state_dict"
         )
-    residual = any(f"{_PART}hidden_norm." in key for key in tensors) and not any(
-        f"{_PART}mix_norm." in key for key in tensors
-    )
+    residual = _has("hidden_norm", tensors.keys()) and not _has("mix_norm", tensors.keys())
     return RegulatorConfig(
         cell=cell,
         kernel="light" if "gates.mix" in parts else "dense",
@@ -96,3 +94,7 @@ def of_blocks(planned: Plan, config: RegulatorConfig, keys: Collection[str]) -> 
     named = {key.split(_PART)[0] for key in keys if _PART in key}
     held = [stage.index for stage in planned.stages if any(block.name in named for block in stage.blocks)]
     return config if len(held) == len(planned.stages) else replace(config, stages=tuple(held))
+
+
+def _has(part: str, keys: Collection[str]) -> bool:
+    return any(f"{_PART}{part}." in key for key in keys)
