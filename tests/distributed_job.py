@@ -9,6 +9,7 @@ there is no norm over two processes, and each step's gradient is then exactly th
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import torch
@@ -72,7 +73,11 @@ def main(mode: str, device: str = "cpu") -> None:
     if mode == "alone" or dist.get_rank() == 0:
         print(json.dumps(figures))
     if mode != "alone":
+        dist.barrier()
         dist.destroy_process_group()
+        sys.stdout.flush()
+        # A thread of gloo that outlives its group may abort an interpreter that ends; with the plain network, too.
+        os._exit(0)
 
 
 if __name__ == "__main__":
