@@ -33,7 +33,7 @@ def regulate(
     inplace: bool = False,
     config: RegulatorConfig | None = None,
 ) -> nn.Module:
-    """Splices regulators into the residual blocks of a network: Eq. (2) and (3) of arXiv 2101.00590.
+    """Splice regulators into the residual blocks of a network: Eq. (2) and (3) of arXiv 2101.00590.
 
     The blocks of a stage share one recurrent cell. Each block reads the map X2 behind its first
     convolution, the cell turns it and the memory of the blocks before into a hidden state H, and a 1x1
@@ -49,7 +49,7 @@ def regulate(
             `nn.DataParallel` or `torch.compile`, which stay around it. Left untouched unless `inplace`.
             Residual blocks are found by dataflow, see docs/how-it-works.md.
         cell: `"rnn"` (Eq. (1)), `"gru"`, `"lstm"`, or a callable `channels -> nn.Module` that follows the
-            cell protocol of `regulate.cells`.
+            cell protocol of `regulate.nn.cells`.
         input_size: H = W, (H, W), (C, H, W) or (C, D, H, W) in pixels, which the network is planned at; by default
             what its own configuration says (timm's `pretrained_cfg`, `config.image_size` and the like), else 224.
             It decides no weight, but which blocks lie on one grid.
@@ -77,7 +77,7 @@ def regulate(
         AlreadyRegulatedError: the model has regulators.
         ValueError, TypeError: an option has a wrong value, or `config` came with other options.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torchvision.models import resnet18
         >>> model = resnet18().eval()
@@ -133,7 +133,7 @@ def plan(
     Raises:
         RegulateError: as `regulate` does.
 
-    Example:
+    Examples:
         >>> from torchvision.models import resnet50
         >>> drawn = plan(resnet50())
         >>> [stage.name for stage in drawn.stages], drawn.parameters
@@ -161,7 +161,7 @@ def unregulate(model: nn.Module) -> nn.Module:
         UnsupportedModelError: another tool has changed the class of a regulated module since, or the model is a
             part of a stage.
 
-    Example:
+    Examples:
         >>> from torchvision.models import resnet18
         >>> "layer1.0.regulator.mix.weight" in unregulate(regulate(resnet18())).state_dict()
         False
@@ -185,7 +185,7 @@ def regulator_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     Raises:
         NotRegulatedError: there are no regulators.
 
-    Example:
+    Examples:
         >>> from torchvision.models import resnet50
         >>> sum(p.numel() for p in regulator_parameters(regulate(resnet50())))
         2576128
@@ -206,7 +206,7 @@ def regulator_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         NotRegulatedError: there are no regulators.
 
-    Example:
+    Examples:
         >>> from torchvision.models import resnet18
         >>> sorted(regulator_state_dict(regulate(resnet18())))[0]
         'layer1.0.regulator.cell.gates.bias'

@@ -40,7 +40,7 @@ class RegulatorConfig:
         ValueError: an option has a value that it does not take.
         TypeError: an option has a value of the wrong type.
 
-    Example:
+    Examples:
         >>> RegulatorConfig(cell="gru").to_dict()["cell"]
         'gru'
         >>> RegulatorConfig.from_dict({"cell": "gru"}) == RegulatorConfig(cell="gru")

@@ -35,7 +35,7 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
         NotRegulatedError: there are no regulators.
         UnsupportedModelError: it is such a copy already.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from regulate import optimize_for_inference, regulate
         >>> from torchvision.models import resnet18

@@ -71,7 +71,7 @@ def record(model: nn.Module, images: Tensor) -> dict[str, list[Step]]:
     Raises:
         NotRegulatedError: there are no regulators.
 
-    Example:
+    Examples:
         >>> from regulate import regulate
         >>> from torchvision.models import resnet18
         >>> steps = record(regulate(resnet18()), torch.randn(2, 3, 64, 64))

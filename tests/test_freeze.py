@@ -77,7 +77,7 @@ def test_a_second_call_freezes_what_was_unfrozen():
 
 
 def test_norms_that_were_converted_are_frozen_by_a_second_call():
-    """A conversion makes new modules, which know nothing of it: docs/using.md has it after the conversion."""
+    """A conversion makes new modules, which know nothing of it: the guide has it after the conversion."""
     model = nn.SyncBatchNorm.convert_sync_batchnorm(freeze_backbone(regulate(cifar_resnet(14)))).train()
     assert model.bn1.training
     freeze_backbone(model).train()

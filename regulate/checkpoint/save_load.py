@@ -110,7 +110,7 @@ def load(
         AlreadyRegulatedError, UnsupportedModelError: as `regulate` does.
         FileNotFoundError: there is no such file.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from regulate import regulate
         >>> from torchvision.models import resnet18

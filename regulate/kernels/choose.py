@@ -71,7 +71,7 @@ def use(choice: str) -> Iterator[None]:
     Raises:
         ValueError: no such form.
 
-    Example:
+    Examples:
         >>> import torch, regulate
         >>> cell = regulate.ConvLSTMCell(8)
         >>> fast, _ = cell(torch.ones(1, 8, 5, 5))

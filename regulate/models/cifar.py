@@ -149,7 +149,7 @@ def cifar_resnet(
     Raises:
         ValueError: the depth is not 6n + 2, or the shortcut is unknown.
 
-    Example:
+    Examples:
         >>> sum(p.numel() for p in cifar_resnet(20).parameters())
         272474
     """

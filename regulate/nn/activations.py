@@ -42,7 +42,7 @@ def cut(name: str, x: Tensor) -> Tensor:
         name: `"relu"`, `"relu6"` or `"hardtanh"`.
         x: any shape.
 
-    Example:
+    Examples:
         >>> import torch
         >>> cut("relu", torch.tensor([-2.0, 3.0])).tolist()
         [-2.0, 0.0]

@@ -41,7 +41,7 @@ class GateConv(nn.Module):
         kernel: `"light"` or `"dense"`.
         dims: number of spatial axes, 1 to 3.
 
-    Example:
+    Examples:
         >>> gates = GateConv(8, gates=2)
         >>> i, f = gates(torch.ones(1, 8, 5, 5), torch.zeros(1, 8, 5, 5))
         >>> i.shape
@@ -103,7 +103,7 @@ class ConvRNNCell(nn.Module):
         kernel: `"light"` or `"dense"`, see `GateConv`.
         dims: number of spatial axes.
 
-    Example:
+    Examples:
         >>> cell = ConvRNNCell(8)
         >>> (h,) = cell(torch.ones(1, 8, 5, 5), None)
         >>> h.shape
@@ -130,7 +130,7 @@ class ConvGRUCell(nn.Module):
         kernel: `"light"` or `"dense"`, see `GateConv`.
         dims: number of spatial axes.
 
-    Example:
+    Examples:
         >>> cell = ConvGRUCell(8)
         >>> (h,) = cell(torch.ones(1, 8, 5, 5), None)
         >>> h.shape
@@ -158,7 +158,7 @@ class ConvLSTMCell(nn.Module):
         kernel: `"light"` or `"dense"`, see `GateConv`.
         dims: number of spatial axes.
 
-    Example:
+    Examples:
         >>> cell = ConvLSTMCell(8)
         >>> h, c = cell(torch.ones(1, 8, 5, 5), None)
         >>> h.shape == c.shape

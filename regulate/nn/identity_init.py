@@ -81,7 +81,7 @@ def relu_moments(center: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         center: (C,), float64.
         sigma: (C,), float64, not negative.
 
-    Example:
+    Examples:
         >>> mean, variance = relu_moments(torch.zeros(1).double(), torch.ones(1).double())
         >>> round(mean.item(), 4), round(variance.item(), 4)
         (0.3989, 0.3408)

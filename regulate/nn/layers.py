@@ -19,7 +19,7 @@ class BatchNormReLU2d(nn.BatchNorm2d):
     over the map, and so they are in eval mode without gradients. In a fusion it is given the map before the fusion as
     well, and adds what a ReLU would cut from that: see `cut`.
 
-    Example:
+    Examples:
         >>> norm = BatchNormReLU2d(8)
         >>> norm(torch.randn(2, 8, 5, 5)).min().item()
         0.0
@@ -71,7 +71,7 @@ class Mix2d(nn.Conv2d):
 
     Arguments and parameters are those of `torch.nn.Conv2d`; called with one map it is that convolution.
 
-    Example:
+    Examples:
         >>> mix, x, h = Mix2d(8, 5, 1), torch.randn(2, 5, 4, 4), torch.randn(2, 3, 4, 4)
         >>> torch.allclose(mix(x, h), mix(torch.cat([x, h], 1)), atol=1e-6)
         True

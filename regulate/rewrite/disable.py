@@ -54,7 +54,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         NotRegulatedError: there are no regulators.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from regulate import regulate
         >>> from torchvision.models import resnet18

@@ -90,7 +90,7 @@ def is_regulated(model: nn.Module) -> bool:
     Args:
         model: any module.
 
-    Example:
+    Examples:
         >>> from regulate import regulate
         >>> from torchvision.models import resnet18
         >>> is_regulated(resnet18()), is_regulated(regulate(resnet18()))

@@ -4,7 +4,7 @@ Each ResNet-family architecture of timm gets a namesake with the prefix `regulat
 timm's scripts take like any other. It is built as timm builds the original, pretrained weights included, and then
 regulated; the options of `regulate` are keywords.
 
-Example:
+Examples:
     >>> import regulate.timm, timm
     >>> model = timm.create_model("regulated_resnet18", cell="gru", num_classes=10)
     >>> type(model).__name__, type(model.layer1[0].regulator.cell).__name__

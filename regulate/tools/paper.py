@@ -126,7 +126,7 @@ def _plan(row: Row) -> Plan:
 def compare() -> str:
     """All rows as a table: the paper's figures, ours, and the difference.
 
-    Example:
+    Examples:
         >>> print(count(ROWS[1]).parameters, count(ROWS[1]).flops)
         37632 15114240
     """

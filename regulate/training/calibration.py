@@ -60,7 +60,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Any]]) -> nn
         TypeError: a batch is neither a tensor nor a tuple or list that starts with one.
         NotRegulatedError: there are no regulators.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from regulate import regulate
         >>> from torchvision.models import resnet18

@@ -34,7 +34,7 @@ def freeze_backbone(model: nn.Module, frozen: bool = True) -> nn.Module:
     Raises:
         NotRegulatedError: there are no regulators.
 
-    Example:
+    Examples:
         >>> from regulate import regulate
         >>> from torchvision.models import resnet18
         >>> model = freeze_backbone(regulate(resnet18())).train()

@@ -22,7 +22,7 @@ class GradientWatch:
         model: a regulated model. Gets a hook, which is gone after the last step or `remove()`.
         steps: forward passes in train mode to wait for.
 
-    Example:
+    Examples:
         >>> from regulate import regulate
         >>> from torchvision.models import resnet18
         >>> watch = GradientWatch(regulate(resnet18()), steps=5)
