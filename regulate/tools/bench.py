@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..api import plan, regulate
 from ..config import RegulatorConfig
+from . import progress
 from .machine import machine, resident_peak
 from .open_model import backbone_and_options, open_model
 
@@ -93,7 +94,8 @@ def measure(setting: Setting) -> dict[str, Any]:
     size = drawn.input_size[-1]
     steps = {name: step(setting, one, size) for name, one in networks.items()}
     seconds = {name: statistics.median(own) for name, own in in_turn(steps, setting.rounds, setting.device).items()}
-    peaks = {name: peak_bytes(setting, networks[name], size) for name in (PLAIN, REGULATED)}
+    with progress.working("measuring memory, in processes of their own"):
+        peaks = {name: peak_bytes(setting, networks[name], size) for name in (PLAIN, REGULATED)}
     return {
         "setting": {**asdict(setting), "config": config.to_dict(), "size": size},
         "machine": machine(setting.device),
@@ -163,10 +165,12 @@ def in_turn(steps: Mapping[str, Callable[[], None]], rounds: int, device: str = 
     """Seconds of each step, one after the other, `rounds` times; two rounds before that are not counted."""
     found: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 2):
+        progress.step("measuring, round", turn + 1, rounds + 2)
         for name, run in steps.items():
             seconds = _on_gpu(run) if device == "cuda" else _on_cpu(run)
             if turn >= 2:
                 found[name].append(seconds)
+    progress.erase()
     return found
 
 

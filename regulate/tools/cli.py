@@ -18,8 +18,10 @@ from ..checkpoint.archive import replaced
 from ..config import CELL_NAMES, CHOICES, RegulatorConfig
 from ..errors import RegulateError
 from ..rewrite.guard import is_regulated
+from ..schema.plan import Plan
 from ..testing import verify
 from .open_model import backbone_and_options, open_model
+from .progress import working
 from .script import run_script
 
 MODEL = "a timm name, torchvision/NAME, cifar/DEPTH, or a folder of save_pretrained"
@@ -108,14 +110,15 @@ def _config(args: argparse.Namespace) -> RegulatorConfig:
 
 
 def _opened(args: argparse.Namespace) -> nn.Module:
-    return open_model(
-        args.model,
-        pretrained=args.pretrained,
-        weights=args.weights,
-        num_classes=args.num_classes,
-        in_chans=args.in_chans,
-        config=_config(args),
-    )
+    with working(f"building {args.model}"):
+        return open_model(
+            args.model,
+            pretrained=args.pretrained,
+            weights=args.weights,
+            num_classes=args.num_classes,
+            in_chans=args.in_chans,
+            config=_config(args),
+        )
 
 
 def _size(args: argparse.Namespace) -> int | tuple[int, ...] | None:
@@ -133,19 +136,24 @@ def _square(args: argparse.Namespace) -> int | None:
     return size[0] and int(size[0])
 
 
-def _plan(args: argparse.Namespace) -> int:
+def _planned(args: argparse.Namespace) -> tuple[nn.Module, RegulatorConfig, Plan]:
     model, config = backbone_and_options(_opened(args), _config(args))
-    found = plan(model, config=config, input_size=_size(args))
+    with working(f"planning {args.model}"):
+        return model, config, plan(model, config=config, input_size=_size(args))
+
+
+def _plan(args: argparse.Namespace) -> int:
+    *_, found = _planned(args)
     print(json.dumps(found.to_dict()) if args.json else found)
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
     torch.manual_seed(0)
-    model, config = backbone_and_options(_opened(args), _config(args))
-    found = plan(model, config=config, input_size=_size(args))
+    model, config, found = _planned(args)
     is_trained = args.pretrained or args.weights is not None or Path(args.model).is_dir()
-    verdict = verify(model, config, found.input_size, shake=not is_trained)
+    with working(f"verifying {args.model}: outputs, then gradients of three training steps"):
+        verdict = verify(model, config, found.input_size, shake=not is_trained)
     figures = {
         "model": args.model,
         "input": list(found.input_size),
@@ -176,8 +184,9 @@ def _inspect(args: argparse.Namespace) -> int:
     model = model if is_regulated(model) else regulate(model, config=_config(args))
     size = size or sizes(model)[0].on(2)[0]
     images, labels = pictures(args.images, args.count, size, getattr(model, "pretrained_cfg", None))
-    for path in draw(model, images, args.out, None if labels is None else [(images, labels)]):
-        print(path)
+    with working(f"drawing {args.model}"):
+        paths = draw(model, images, args.out, None if labels is None else [(images, labels)])
+    print("\n".join(map(str, paths)))
     return 0
 
 
