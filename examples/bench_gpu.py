@@ -83,7 +83,7 @@ def cases(cells: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> Iterat
 
 def check(device: str, wanted: Iterable[Found]) -> Found:
     """Return the kernels against the equations in double, and whether a process here would trust them."""
-    from tests.triton_job import FLOATS, case, worst
+    from tests.kernels.triton_job import FLOATS, case, worst
 
     found = []
     for one in wanted:

@@ -2,7 +2,7 @@
 
 Only the dictionaries of an `nn.Module` (`_modules`, `_parameters`, `_buffers`), which are in every pickled module, a
 state dict's `_metadata` and a tensor's `_version` are used elsewhere, too.
-tests/test_compat.py takes each of the others away.
+tests/compatibility/test_compat.py takes each of the others away.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ def test_tests_run_from_the_source_distribution(sdist):
             "pytest",
             "-p",
             "no:cacheprovider",
-            "tests/test_docs_examples.py",
+            "tests/docs/test_docs_examples.py",
             "-k",
             "page or links",
         ],

@@ -1,0 +1,86 @@
+"""The scripts that measure the kernels: what they count, what they take away, and what they write."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+import bench_ablations
+import bench_limits
+
+from regulate import kernels
+from regulate.kernels import library
+from regulate.nn.cells import CELLS
+
+
+@pytest.fixture(autouse=True)
+def _compiled():
+    assert kernels.why_no_native() is None, "these tests need a C++ compiler"
+
+
+def test_multiply_adds_are_those_of_the_equations():
+    """Mix, 3x3 and activations; the backward adds to them twice the 3x3 and twice the mix."""
+    assert bench_limits.multiply_adds("rnn", False) == 2 + 9 + 9
+    assert bench_limits.multiply_adds("lstm", False) == 4 * (2 + 9) + 3 * 6 + 2 * 9 + 3
+    for cell, gates in bench_limits.GATES.items():
+        again = bench_limits.multiply_adds(cell, False) if cell != "rnn" else 2
+        assert bench_limits.multiply_adds(cell, True) >= again + gates * (2 * 9 + 2 * 2)
+
+
+def test_limits_of_small_steps(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_limits, "STAGES", {"small": [(2, 3, 4, 5)]})
+    machine = bench_limits.Machine("native", tmp_path)
+    monkeypatch.setattr(library, "_found", machine.step)
+    found = bench_limits.measure("gru", machine, 2)
+    assert [one["direction"] for one in found] == ["forward", "backward"]
+    assert [one["bytes"] for one in found] == [4 * 120 * 3, 4 * 120 * 5]
+    for one in found:
+        assert 0 < one["ratio"] == one["seconds"]["limit"] / one["seconds"]["reached"]
+        assert one["seconds"]["limit"] == max(one["seconds"]["bytes"], one["seconds"]["multiply-adds"])
+    peak = machine.multiply_adds(1, 100_000)
+    # More than scalars could do, and not what is optimised away.
+    assert 2e9 < peak < 3e11
+
+
+def test_a_piece_that_is_taken_away_does_not_run(monkeypatch):
+    """Each context keeps the native library from what it names."""
+    called = []
+    call = library.call
+    from regulate.kernels import native, norm
+
+    for module in (native, norm):
+        monkeypatch.setattr(module, "call", lambda name, *rest: (called.append(name), call(name, *rest)))
+    cell, x, batch_norm = CELLS["lstm"](4), torch.randn(2, 4, 5, 5), nn.BatchNorm2d(4)
+
+    def run(context):
+        called.clear()
+        with ExitStack() as stack:
+            stack.enter_context(context())
+            cell(x, None)
+            kernels.norm_relu(batch_norm, x)
+        return set(called)
+
+    pieces = bench_ablations.pieces()
+    both = {"regulate_forward", "regulate_norm_relu"}
+    assert run(ExitStack) == both
+    assert run(pieces["norms with ReLU by torch"]) == {"regulate_forward"}
+    assert run(pieces["cell in aten"]) == run(pieces["cell written out"]) == {"regulate_norm_relu"}
+    assert run(pieces["all of that"]) == set()
+    assert run(pieces["mix by convolution"]) == run(ExitStack) == both
+
+
+def test_an_ablation_and_its_table():
+    setting = replace(bench_ablations.RUNS["resnet20-eval"], batch=2, size=16, rounds=1)
+    found = {"tiny": bench_ablations.measure(setting)}
+    seconds = found["tiny"]["seconds"]
+    assert {"plain", "regulated", "cell in aten", "optimize_for_inference"} <= set(seconds)
+    line = f"| cell in aten | {seconds['cell in aten'] / seconds['regulated']:.2f} |"
+    assert line in bench_ablations.table(found).splitlines()

@@ -1,0 +1,85 @@
+"""The figures in docs/results and docs/performance.md are those of the runs that lie beside them."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+import bench_ablations
+import bench_limits
+import bench_suite
+from experiments import tables
+from experiments.options import Options
+from experiments.registry import EXPERIMENTS, jobs
+from experiments.runner import Folders, options_of
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "results"
+PAGE = (RESULTS / "README.md").read_text()
+REGISTERED = [name for name in EXPERIMENTS if f"<!-- {name}:" in PAGE]
+DIGITS = ("scratch", "upgrade", "positions", "kernels")
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_the_tables_are_made_from_the_runs(name):
+    assert tables.renewed(PAGE, EXPERIMENTS[name], RESULTS) == PAGE
+    runs = tables.read_runs(EXPERIMENTS[name], RESULTS)
+    assert not runs or (RESULTS / name / "plot.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_every_run_is_one_that_was_registered(name):
+    folders = Folders(Path(), RESULTS)
+    expected = {folders.result(job): job for job in jobs([EXPERIMENTS[name]])}
+    for path in (RESULTS / name).glob("*.json"):
+        report = json.loads(path.read_text())
+        asked = json.loads(json.dumps(options_of(expected[path], folders).deciding()))
+        later = json.loads(json.dumps(Options().deciding()))  # options that are younger than the run
+        assert {**later, **report["options"]} == asked, path
+        assert len(report["epochs"]) == report["recipe"]["epochs"]
+        assert report["top1"] == report["epochs"][-1]["top1"]
+        assert re.fullmatch("[0-9a-f]{12}", report["commit"]), "the code of a run is a commit"
+
+
+@pytest.mark.parametrize("experiment", DIGITS)
+def test_the_tables_of_the_digits_are_made_from_the_runs(experiment):
+    folder = RESULTS / "digits" / experiment
+    found = json.loads((folder / "runs.json").read_text())
+    shown = (folder / "table.md").read_text()
+    assert tables.table(found) + "\n" == shown
+    assert shown in (RESULTS / "digits" / "README.md").read_text()
+    for name, runs in found.items():
+        assert [one["options"]["seed"] for one in runs] == list(range(10)), name
+        assert all(len(one["epochs"]) == one["recipe"]["epochs"] for one in runs), name
+
+
+def test_the_performance_page_shows_what_was_measured():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    for title, group in bench_suite.SUITE.items():
+        found = {name: json.loads((RESULTS / "performance" / f"{name}.json").read_text()) for name in group}
+        for name, setting in group.items():
+            measured = found[name]["setting"]
+            assert (measured["model"], measured["train"], measured["batch"]) == (
+                setting.model,
+                setting.train,
+                setting.batch,
+            )
+        assert bench_suite.table(title, found) in page
+
+
+def test_the_performance_page_shows_the_limits_and_the_ablations_that_were_measured():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    for name in ("AVX-512", "AVX2"):
+        found = json.loads((RESULTS / "performance" / f"limits-{name.lower()}.json").read_text())
+        assert found["machine"]["instruction set"] == name
+        assert bench_limits.table(found) in page
+    files = {name: RESULTS / "performance" / "ablations" / f"{name}.json" for name in bench_ablations.RUNS}
+    found = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
+    assert all(one["machine"]["native"] == "on" for one in found.values())
+    assert bench_ablations.table(found) in page
