@@ -21,11 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from regulate import RegulatorConfig, kernels, optimize_for_inference, regulate
+from regulate import RegulatorConfig, kernels
 from regulate.kernels import build
-from regulate.models.by_name import load_model
 from regulate.tools import bench, machine
 from regulate.tools.bench import PLAIN, REGULATED, Setting
 
@@ -95,10 +92,6 @@ def steps(setting: Setting, folder: Path) -> dict[str, Callable[[], None]]:
         own = bench.step(setting, setting.config, size)
         return {**found, "cell written out": within(pieces()["cell written out"], own)}
     found |= {name: within(context, found[REGULATED]) for name, context in {**pieces(), **avx2(folder)}.items()}
-    if not setting.train:
-        torch.manual_seed(0)
-        model = optimize_for_inference(regulate(load_model(setting.model), config=setting.config))
-        found["optimize_for_inference"] = bench.step_of(model, setting, size)
     return found
 
 

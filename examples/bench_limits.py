@@ -28,6 +28,7 @@ from torch import Tensor
 
 from regulate import kernels
 from regulate.kernels import build, library
+from regulate.tools.machine import machine
 
 STAGES = {
     "ResNet-50": [(8, 64, 56, 56), (8, 128, 28, 28), (8, 256, 14, 14), (8, 512, 7, 7)],
@@ -185,16 +186,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        machine = Machine(args.march, Path(folder))
-        library._found = machine.step
+        limits = Machine(args.march, Path(folder))
+        library._found = limits.step
         threads = torch.get_num_threads()
         # Arrays that no cache holds.
         peak = {
-            str(some): {"multiply_adds": machine.multiply_adds(some), "bandwidth": machine.bandwidth(600_000_000, some)}
+            str(some): {"multiply_adds": limits.multiply_adds(some), "bandwidth": limits.bandwidth(600_000_000, some)}
             for some in sorted({1, threads})
         }
-        found = {"cell": args.cell, "machine": machine.machine("cpu"), "march": args.march, "peak": peak}
-        found["steps"] = measure(args.cell, machine, args.rounds)
+        found = {"cell": args.cell, "machine": machine("cpu"), "march": args.march, "peak": peak}
+        found["steps"] = measure(args.cell, limits, args.rounds)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     print(table(found))

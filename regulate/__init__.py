@@ -21,7 +21,6 @@ from .errors import (
     UnknownStageError,
     UnsupportedModelError,
 )
-from .inference import optimize_for_inference
 from .nn.cells import ConvGRUCell, ConvLSTMCell, ConvRNNCell
 from .rewrite.disable import disabled
 from .rewrite.guard import is_regulated
@@ -46,7 +45,6 @@ __all__ = [
     "save_pretrained",
     "from_pretrained",
     "freeze_backbone",
-    "optimize_for_inference",
     "regulator_parameters",
     "regulator_state_dict",
     "RegulatorConfig",

@@ -1,7 +1,8 @@
-"""Public modules that have moved: their old names still import, with a DeprecationWarning."""
+"""Public names that have moved or gone: they still import, with a DeprecationWarning."""
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 MOVED = {
     "regulate.bench": "regulate.tools.bench",
@@ -43,8 +45,20 @@ class _Loader(Loader):
         vars(module)["__getattr__"] = partial(getattr, import_module(self.new))
 
 
-def moved(name: str) -> ModuleType:
-    """Import a module of the package by its old name, for attributes that nobody has imported."""
+def optimize_for_inference(model: Any) -> Any:
+    """Return a copy in eval mode and without gradients, which is as fast as the copy with folded norms was."""
+    warnings.warn(
+        "optimize_for_inference brought no speed and only copies now; call model.eval(). It will go in version 0.3",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def moved(name: str) -> Any:
+    """Return a name that the package had: a module to be imported by its old name, or a function that is gone."""
+    if name == "optimize_for_inference":
+        return optimize_for_inference
     if f"regulate.{name}" in MOVED:
         return import_module(f"regulate.{name}")
     raise AttributeError(f"module 'regulate' has no attribute {name!r}")

@@ -10,8 +10,10 @@ import sys
 import warnings
 
 import pytest
+import torch
 
 import regulate
+import regulate.models
 from regulate import _moved
 
 from .house import BEGIN, END, PAGE, ROOT, house, with_picture
@@ -24,7 +26,7 @@ ORDER = (
     ("nn",),
     ("analysis",),
     ("rewrite",),
-    ("training", "inference"),
+    ("training",),
     ("api",),
     ("checkpoint", "inspect", "testing"),
     ("timm",),
@@ -46,9 +48,9 @@ def test_imports_go_one_way():
 
 def test_the_map_can_be_kept_in_mind():
     found = house()
-    assert len(found.arrows) <= 21
+    assert len(found.arrows) <= 20
     assert len(found.floors()) <= 11
-    assert sum(map(len, found.arrows.values())) <= 87
+    assert sum(map(len, found.arrows.values())) <= 80
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -96,6 +98,15 @@ def test_old_names_import_with_a_warning(old):
     vars(regulate).pop(old.partition(".")[2], None)
     with pytest.warns(DeprecationWarning, match=_moved.MOVED[old]):
         assert getattr(regulate, old.partition(".")[2]).__name__ == old
+
+
+def test_a_function_that_is_gone_says_so_and_computes_the_same():
+    model, image = regulate.regulate(regulate.models.cifar_resnet(14)), torch.randn(1, 3, 16, 16)
+    with pytest.warns(DeprecationWarning, match=r"brought no speed .* call model\.eval\(\)"):
+        copied = regulate.optimize_for_inference(model)
+    assert model.training and not copied.training
+    assert torch.equal(copied(image), model.eval()(image))
+    assert not any(parameter.requires_grad for parameter in copied.parameters())
 
 
 def test_a_name_that_never_was_is_an_attribute_error():

@@ -13,7 +13,6 @@ from ..analysis.meta_copy import duplicate
 from ..analysis.planner import make_plan
 from ..config import RegulatorConfig
 from ..errors import CheckpointError, RegulateError, first_line, last_line
-from ..inference import is_folded
 from ..nn.cells import CELLS
 from ..rewrite.guard import check_model, check_regulated, regulators, unwrapped
 from ..rewrite.install import Prepared, prepare
@@ -51,7 +50,7 @@ def save(model: nn.Module, path: File, *, regulator_only: bool = False, also: Se
     Raises:
         NotRegulatedError: there are no regulators.
         CheckpointError: the model holds something that cannot be stored: a cell of the user's own, a
-            tensor that is sharded or quantized, folded norms, parts regulated with different options, a regulated
+            tensor that is sharded or quantized, parts regulated with different options, a regulated
             stage of which a part was replaced or removed.
         ValueError: `also` names no tensors, or comes without `regulator_only`.
         FileNotFoundError: there is no such folder.
@@ -59,10 +58,6 @@ def save(model: nn.Module, path: File, *, regulator_only: bool = False, also: Se
     """
     check_regulated(model)
     model = unwrapped(model)
-    if is_folded(model):
-        raise CheckpointError(
-            "a network that is optimized for inference has lost its norms and cannot be stored; save the original"
-        )
     state = plain_state(model)
     record = {
         "model": identity(model),

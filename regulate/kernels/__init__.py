@@ -15,7 +15,7 @@ from .choose import CHOICES, setting, use
 from .library import instruction_set, origin
 from .library import why_not as why_no_native
 from .mixing import joined, laid_out_as, mixed
-from .norm import norm_relu, scale_relu
+from .norm import norm_relu
 from .run_step import step
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "mixed",
     "norm_relu",
     "origin",
-    "scale_relu",
     "setting",
     "step",
     "use",

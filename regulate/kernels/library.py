@@ -17,7 +17,6 @@ from . import build, cache, shipped
 _FUNCTIONS = (
     "regulate_forward",
     "regulate_backward",
-    "regulate_scale_relu",
     "regulate_norm_relu",
     "regulate_norm_relu_backward",
     "regulate_instruction_set",

@@ -217,19 +217,7 @@ void gradient(const Map& map, const Job& job, const float* x, const float* dy, c
 
 }  // namespace
 
-// sizes: N, C, H * W and whether the maps are channels last, for all three functions.
-
-extern "C" int regulate_scale_relu(const int64_t* sizes, int64_t chunks, int64_t threads, const float* x,
-                                    const float* scale, const float* shift, const float* unfused, float* y) {
-  const Map map(sizes, chunks);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < chunks * map.blocks(); ++i) {
-    const Flush flush;
-    const Job job(map, i);
-    scale_relu(map, job, x, channel(map, job, scale), channel(map, job, shift), unfused, y);
-  }
-  return 0;
-}
+// sizes: N, C, H * W and whether the maps are channels last, for both functions.
 
 // With the batch's own moments, which go to `stats`, (3, C). `below` becomes 1 if anything of `unfused` is below zero.
 extern "C" int regulate_norm_relu(const int64_t* sizes, int64_t chunks, int64_t threads, const float* x,

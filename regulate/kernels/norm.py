@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from .choose import native_here
 from .library import call, channels_last, chunks
-from .scale import scale_and_shift
 
 
 def norm_relu(norm: nn.BatchNorm2d, x: Tensor, unfused: Tensor | None = None) -> Tensor | None:
@@ -19,10 +18,11 @@ def norm_relu(norm: nn.BatchNorm2d, x: Tensor, unfused: Tensor | None = None) ->
     With `unfused` it is `ReLU(norm(x)) + min(unfused, 0)`, and of `unfused` no more is kept for the backward than
     is needed: nothing, if it has nothing below zero.
 
-    In one pass: plain float32 on the CPU, in training, or in eval mode without gradients.
+    In one pass: plain float32 on the CPU, with the statistics of the batch. With running statistics torch's operators
+    are as fast.
 
     Args:
-        norm: a batch norm; in training its running statistics move, as in its own forward.
+        norm: a batch norm; its running statistics move, as in its own forward.
         x: (N, C, H, W).
         unfused: the map before the fusion, of x's shape.
 
@@ -33,23 +33,15 @@ def norm_relu(norm: nn.BatchNorm2d, x: Tensor, unfused: Tensor | None = None) ->
         return None
     mean, variance = norm.running_mean, norm.running_var
     moments = () if mean is None or variance is None else (mean, variance)
-    trains = norm.training or not moments
-    if not norm.affine or (not trains and torch.is_grad_enabled()):
+    if not norm.affine or (moments and not norm.training):
         return None
-    if not readable(x, norm.weight, norm.bias, *moments) or not _beside(x, unfused):
+    if not _readable(x, norm.weight, norm.bias, *moments) or not _beside(x, unfused):
         return None
-    if not trains:
-        return _scaled(_dense(x), *scale_and_shift(norm), unfused)
     # torch's norm says what is wrong with a single value.
     return _in_training(norm, _dense(x), unfused) if x.numel() > x.shape[1] else None
 
 
-def scale_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor | None:
-    """`ReLU(x * scale + shift)` per channel, both (C,), without gradients; or None where torch's operators do it."""
-    return _scaled(_dense(x), scale, shift) if readable(x, scale, shift) else None
-
-
-def readable(x: Tensor, *values: Tensor) -> bool:
+def _readable(x: Tensor, *values: Tensor) -> bool:
     """Check whether these are what the library reads: it sees addresses, no types, no shapes and no strides."""
     return (
         native_here(x, *values) and x.dim() == 4 and all(v.shape == x.shape[1:2] and v.is_contiguous() for v in values)
@@ -123,12 +115,6 @@ def _differentiable(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dy: Ten
         again = F.relu(F.batch_norm(inputs[0], None, None, *inputs[1:], True, 0.0, eps))
         found = iter(torch.autograd.grad(again, [t for t in inputs if t.requires_grad], dy, create_graph=True))
     return [next(found) if t.requires_grad else None for t in inputs]
-
-
-def _scaled(x: Tensor, scale: Tensor, shift: Tensor, unfused: Tensor | None = None) -> Tensor:
-    y = torch.empty_like(x)
-    _call("regulate_scale_relu", x, x, scale, shift, _as(x, unfused), y)
-    return y
 
 
 def _call(name: str, like: Tensor, *arguments: Tensor | float | None) -> None:

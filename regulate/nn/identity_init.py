@@ -17,10 +17,10 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._compat import BatchNorm
-from ..kernels.scale import scale_of
 from ..schema.values import Source
 from .regulator import Fusion
 
@@ -159,9 +159,9 @@ def _inverse_pair(variance: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
         gain = (variance + norm.eps).sqrt()
         for towards in (0.0, torch.inf):
             other = torch.nextafter(gain, torch.full_like(gain, towards))
-            better = (scale_of(variance, gain, norm.eps) != 1) & (scale_of(variance, other, norm.eps) == 1)
+            better = (_scale_of(variance, gain, norm.eps) != 1) & (_scale_of(variance, other, norm.eps) == 1)
             gain = torch.where(better, other, gain)
-        missed = scale_of(variance, gain, norm.eps) != 1
+        missed = _scale_of(variance, gain, norm.eps) != 1
         if variance.is_meta or not missed.any():
             break
         variance = torch.where(missed, variance + step * (variance + norm.eps), variance)
@@ -189,3 +189,12 @@ def is_idle(fusion: nn.Module) -> bool:
         return False
     silent = not weight[:, len(weight) :].any()
     return silent or (isinstance(gain, Tensor) and not gain.any())
+
+
+def _scale_of(variance: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """Return what a batch norm in eval mode multiplies each channel by, in the roundings of torch's own norm, all (C,).
+
+    By that norm, of ones: how a backend rounds `gain / sqrt(variance + eps)` cannot be written down.
+    """
+    zeros = torch.zeros_like(gain)
+    return F.batch_norm(torch.ones_like(gain)[None], zeros, variance, gain, zeros, False, 0.0, eps)[0]

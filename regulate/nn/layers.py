@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
@@ -16,7 +15,7 @@ class BatchNormReLU2d(nn.BatchNorm2d):
     """`ReLU(batch_norm(x))`: a batch norm whose output is rectified.
 
     Arguments, parameters and buffers are those of `torch.nn.BatchNorm2d`. In training on the CPU both are one pass
-    over the map, and so they are in eval mode without gradients. In a fusion it is given the map before the fusion as
+    over the map. In a fusion it is given the map before the fusion as
     well, and adds what a ReLU would cut from that: see `cut`.
 
     Examples:
@@ -39,31 +38,6 @@ class BatchNormReLU2d(nn.BatchNorm2d):
             return fast
         y = F.relu(super().forward(input))
         return y if unfused is None else with_cut("relu", y, unfused)
-
-
-class ScaleReLU(nn.Module):
-    """`ReLU(x * scale + shift)`, channel by channel: what is left of a rectified batch norm in inference.
-
-    Args:
-        scale: (C,).
-        shift: (C,).
-    """
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, scale: Tensor, shift: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("scale", scale)
-        self.register_buffer("shift", shift)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W), or any number of axes behind C, to the same."""
-        fast = None if torch.is_grad_enabled() else kernels.scale_relu(x, self.scale, self.shift)
-        if fast is not None:
-            return fast
-        ones = (1,) * (x.dim() - 2)
-        return F.relu(x * self.scale.view(-1, *ones) + self.shift.view(-1, *ones))
 
 
 class Mix2d(nn.Conv2d):

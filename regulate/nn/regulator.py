@@ -11,13 +11,11 @@ from torch import Tensor, nn
 from ..kernels.reference import State
 from ..schema.values import Norm
 from .activations import activate
-from .layers import BatchNormReLU2d, Mix2d, ScaleReLU
+from .layers import BatchNormReLU2d, Mix2d
 
 _BATCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 CONV = {1: nn.Conv1d, 2: Mix2d, 3: nn.Conv3d}
-# No union: before torch 2.9 its compiler knows none.
-_RECTIFYING = (BatchNormReLU2d, ScaleReLU)
-_BUILT = {*_BATCH.values(), *CONV.values(), *_RECTIFYING, nn.GroupNorm, nn.Identity}
+_BUILT = {*_BATCH.values(), *CONV.values(), BatchNormReLU2d, nn.GroupNorm, nn.Identity}
 
 
 def build_norm(norm: Norm, channels: int, dims: int, rectified: bool = False) -> nn.Module:
@@ -58,8 +56,6 @@ class Fusion(nn.Module):
         dims: number of spatial axes.
         cell: the stage's shared cell; the first block of a stage owns it.
     """
-
-    folded = False  # by optimize_for_inference
 
     def __init__(
         self,
@@ -126,4 +122,4 @@ class Fusion(nn.Module):
 def _rectified(norm: nn.Module, x: Tensor) -> Tensor:
     """`ReLU(norm(x))`; a norm that another tool has put in the place of ours does not rectify."""
     y: Tensor = norm(x)
-    return y if isinstance(norm, _RECTIFYING) else F.relu(y)
+    return y if isinstance(norm, BatchNormReLU2d) else F.relu(y)

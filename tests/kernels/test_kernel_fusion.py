@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from regulate import kernels
-from regulate.nn.layers import BatchNormReLU2d, Mix2d, ScaleReLU
+from regulate.nn.layers import BatchNormReLU2d, Mix2d
 from regulate.nn.regulator import Fusion
 from regulate.schema.values import Norm
 
@@ -55,20 +55,6 @@ def test_norm_and_relu_in_training(options, layout):
             assert torch.allclose(a.double(), b.double(), atol=1e-5), key
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "last"])
-def test_norm_and_relu_in_eval_mode(layout):
-    for shape in SHAPES:
-        x, part = images(shape, layout), norm(shape[1]).eval()
-        with torch.no_grad():
-            folded = ScaleReLU(torch.rand(shape[1]), torch.randn(shape[1]))
-            for one in (part, folded):
-                with kernels.use("reference"):
-                    expected = one(x)
-                y = one(x)
-                assert torch.allclose(y, expected, atol=1e-5)
-                assert y.stride() == x.stride()
-
-
 @pytest.mark.parametrize("negative", [False, True], ids=["rectified", "negative"])
 @pytest.mark.parametrize("other", LAYOUTS, ids=["beside nchw", "beside last"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "last"])
@@ -87,10 +73,6 @@ def test_what_a_relu_would_cut_from_the_map_before_is_added(layout, other, negat
         assert (found[1] is None) != negative
         for a, b in zip(found if negative else found[:1], right, strict=False):
             assert torch.allclose(a.double(), b, atol=1e-4 * (b.abs().max().item() + 1))
-        with torch.no_grad():
-            folded = ours.eval()(x, before)
-            with kernels.use("reference"):
-                assert torch.allclose(folded, ours(x, before), atol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["native", "reference"])
@@ -243,8 +225,6 @@ def test_what_the_library_cannot_read_goes_to_torch():
         narrow.running_mean = narrow.running_mean.double()
         with torch.no_grad(), pytest.raises(RuntimeError, match="type"):
             narrow(x)
-    with torch.no_grad():
-        assert torch.equal(ScaleReLU(torch.ones(3), torch.ones(1))(x), (x + 1).relu())
 
 
 def test_a_compiled_concatenation_is_laid_out_as_its_convolution_reads_it():

@@ -94,8 +94,7 @@ def test_norm_and_relu_against_torchs(layout, loaded):
         found = torch.autograd.grad(y, [x, norm.weight, norm.bias], weight)
         right = torch.autograd.grad(expected, wide, weight.double())
         alike([y.double(), *(g.double() for g in found)], [expected, *right], 1e-4)
-        with torch.no_grad():
-            alike([kernels.norm_relu(norm.eval(), x)], [F.relu(norm(x))], 1e-5)
+        assert kernels.norm_relu(norm.eval(), x) is None, "with running statistics torch's operators are as fast"
 
 
 def test_no_comparison_is_broken_into_single_floats(compiled):

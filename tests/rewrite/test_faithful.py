@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from regulate import NoBlocksError, disabled, kernels, optimize_for_inference, plan, regulate, unregulate
+from regulate import NoBlocksError, disabled, kernels, plan, regulate, unregulate
 from regulate.rewrite.lookup import regulated_blocks
 
 from . import strange_blocks
@@ -238,7 +238,7 @@ def test_an_activation_that_is_changed_after_regulate_is_honoured(activation, ch
         assert not differing(model, regulated, training)
 
 
-def test_an_activation_that_is_changed_is_honoured_by_what_is_folded_exported_and_compiled():
+def test_an_activation_that_is_changed_is_honoured_by_what_is_exported_and_compiled():
     model = network(Recipe()).eval()
     regulated, x = regulate(model), torch.randn(2, 3, 16, 16)
     for either in (model, regulated):
@@ -246,7 +246,6 @@ def test_an_activation_that_is_changed_is_honoured_by_what_is_folded_exported_an
             exchanged(block)
     with torch.no_grad():
         for form in (
-            optimize_for_inference(regulated),
             torch.export.export(regulated, (x,)).module(),
             torch.compile(regulated, backend="aot_eager", fullgraph=True),
         ):

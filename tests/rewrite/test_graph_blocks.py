@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from regulate import disabled, optimize_for_inference, regulate, unregulate
+from regulate import disabled, regulate, unregulate
 from regulate.testing import perturb
 
 from ..helpers import Block, stir
@@ -63,11 +63,6 @@ def test_copies_are_regulated_networks_of_their_own(kind, again):
     unregulate(other)
     assert torch.equal(*outputs(other, model))
     assert not torch.allclose(*outputs(other, regulated), rtol=1e-2)
-
-
-def test_they_are_optimized_for_inference():
-    _, regulated = regulated_twin("blocks")
-    assert torch.allclose(*outputs(optimize_for_inference(regulated), regulated), atol=1e-4)
 
 
 def test_the_graph_of_a_block_can_be_edited():
