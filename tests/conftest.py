@@ -35,17 +35,22 @@ def pytest_runtest_makereport(item):
     record(item, outcome.get_result())
 
 
-# A test without a marker is of the first tier, which is run between two edits: see docs/contributing.md.
-TIERS = ("zoo", "gate", "slow")
+# The first that a test is marked with is its tier: see docs/contributing.md. What is not marked is quick.
+TIERS = ("zoo", "gate", "slow", "quick")
 
 
-def tier(report):
-    return next((name for name in TIERS if name in report.keywords), "quick")
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Make `-m quick` choose what has no tier of its own."""
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in TIERS):
+            item.add_marker(pytest.mark.quick)
 
 
 def pytest_terminal_summary(terminalreporter):
     """Say what each tier took, added up over the workers."""
-    reports = [one for found in terminalreporter.stats.values() for one in found if hasattr(one, "duration")]
-    seconds = {name: sum(one.duration for one in reports if tier(one) == name) for name in ("quick", *TIERS[::-1])}
+    seconds = dict.fromkeys(reversed(TIERS), 0.0)
+    for report in (one for found in terminalreporter.stats.values() for one in found if hasattr(one, "duration")):
+        seconds[next(name for name in TIERS if name in report.keywords)] += report.duration
     said = ", ".join(f"{name} {spent:.0f}" for name, spent in seconds.items() if spent)
     terminalreporter.write_line(f"seconds by tier, all workers together: {said or 0}")

@@ -17,7 +17,7 @@ import pytest
 
 from regulate.kernels import build, shipped
 
-pytestmark = pytest.mark.install
+pytestmark = [pytest.mark.gate, pytest.mark.install]
 
 ROOT = Path(__file__).parents[1]
 LEFT = (".git", ".venv*", "build", "dist", "runs", "*.egg-info", ".*_cache", ".hypothesis", "__pycache__")
@@ -145,7 +145,8 @@ def test_the_wheel_holds_a_library_for_each_instruction_set(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     libraries = {Path(name).name for name in names if name.startswith("regulate/kernels/compiled/")}
     assert libraries == {target.file for target in TARGETS}
-    assert "regulate/kernels/light.cpp" in names
+    sources = {path.name for path in (ROOT / "regulate" / "kernels").iterdir() if path.suffix in (".cpp", ".h")}
+    assert {"light.cpp", "vec.h"} <= sources and {f"regulate/kernels/{name}" for name in sources} <= set(names)
     assert "regulate/py.typed" in names
     assert not [name for name in names if name.startswith(("tests", "examples", "setup"))]
 

@@ -9,6 +9,7 @@ from timm.optim import param_groups_layer_decay
 
 from regulate import regulate, regulator_parameters, regulator_state_dict
 from regulate.models.by_name import load_model
+from regulate.rewrite.guard import regulators
 
 MODELS = ["resnet18", "seresnext26d_32x4d", "legacy_seresnet18", "torchvision/resnet50", "resnet50_gn"]
 
@@ -91,4 +92,9 @@ def test_regulator_parameters_are_each_new_parameter_once():
 
 def test_no_new_parameter_stops_channels_last():
     model = regulate(load_model("resnet18"), kernel="dense").to(memory_format=torch.channels_last)
-    assert model(torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)).shape == (2, 1000)
+    maps = []
+    for _, fusion in regulators(model):
+        fusion.register_forward_hook(lambda module, args, out: maps.extend([out[0], *out[1]]))
+    model(torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last))
+    assert len(maps) == 8 * 3
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in maps)

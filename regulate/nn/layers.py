@@ -19,6 +19,7 @@ class BatchNormReLU2d(nn.BatchNorm2d):
     well, and adds what a ReLU would cut from that: see `cut`.
 
     Examples:
+        >>> import torch
         >>> norm = BatchNormReLU2d(8)
         >>> norm(torch.randn(2, 8, 5, 5)).min().item()
         0.0
@@ -46,6 +47,7 @@ class Mix2d(nn.Conv2d):
     Arguments and parameters are those of `torch.nn.Conv2d`; called with one map it is that convolution.
 
     Examples:
+        >>> import torch
         >>> mix, x, h = Mix2d(8, 5, 1), torch.randn(2, 5, 4, 4), torch.randn(2, 3, 4, 4)
         >>> torch.allclose(mix(x, h), mix(torch.cat([x, h], 1)), atol=1e-6)
         True

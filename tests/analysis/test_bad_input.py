@@ -33,6 +33,8 @@ from regulate import (
 )
 from regulate.models.cifar import cifar_resnet
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def resnet():

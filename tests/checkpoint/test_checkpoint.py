@@ -32,6 +32,8 @@ from regulate.models.by_name import load_model
 
 from ..helpers import network, stir, stirred
 
+pytestmark = pytest.mark.slow
+
 X = torch.randn(2, 3, 64, 64)
 NAMES = ["resnet18", "torchvision/resnet50", "legacy_xception", "dpn48b", "resnet50_gn", "resnetv2_18"]
 

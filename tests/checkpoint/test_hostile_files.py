@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from regulate import CheckpointError, is_regulated, load
 from regulate.models.by_name import load_model
 
+pytestmark = pytest.mark.slow
+
 
 def rewritten(path, change):
     """The file with another record."""

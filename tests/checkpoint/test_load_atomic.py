@@ -80,7 +80,7 @@ def interrupted(model):
         (failing_hook, ValueError, "a hook of the user's own"),
         (failing_part, CheckpointError, "as it was: no such classifier"),
         (expanded, CheckpointError, "as it was: fc.bias is an expanded view here.*other values in the file"),
-        (interrupted, KeyboardInterrupt, ""),
+        (interrupted, KeyboardInterrupt, None),
     ],
 )
 def test_a_failed_load_changes_nothing(prepare, error, says, saved):

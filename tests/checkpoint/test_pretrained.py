@@ -22,6 +22,8 @@ from regulate.models.by_name import load_model
 
 from ..helpers import network, stirred
 
+pytestmark = pytest.mark.slow
+
 X = torch.randn(2, 3, 64, 64)
 
 

@@ -22,6 +22,8 @@ from regulate.models.by_name import load_model
 from ..helpers import small, small_block, stir
 from ..processes import python
 
+pytestmark = pytest.mark.slow
+
 IMAGES = torch.randn(2, 3, 16, 16)
 MAPS = torch.randn(2, 8, 16, 16)
 

@@ -15,6 +15,8 @@ from torch import nn
 from regulate import NoBlocksError, plan, regulate, unregulate
 from regulate.testing import perturb, verify_pair
 
+pytestmark = pytest.mark.slow
+
 
 def flat(outputs):
     """Outputs as tuples: the libraries' own classes are mappings of names to tensors."""

@@ -8,6 +8,8 @@ from torch import fx
 
 from ..helpers import network, stirred
 
+pytestmark = pytest.mark.gate
+
 # Of the families in docs/compatibility.md the tests of the uses take care.
 NAMES = ["legacy_xception", "regnety_002", "cifar/20"]
 X = torch.randn(2, 3, 64, 64)

@@ -16,6 +16,8 @@ from torch import nn
 
 from .uses import TIMM, regulated, use
 
+pytestmark = pytest.mark.gate
+
 ROOT = Path(__file__).parents[2]
 
 

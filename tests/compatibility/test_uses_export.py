@@ -9,6 +9,8 @@ from torch.export import Dim
 
 from .uses import ONE, X, close, plain, regulated, use
 
+pytestmark = pytest.mark.gate
+
 SOME = ("resnet18", "torchvision/resnet50", "resnetv2_18", "dpn48b")
 SMALL = ("resnet18", "resnetv2_18")
 ODD = torch.randn(1, 3, 97, 131, generator=torch.Generator().manual_seed(6))

@@ -22,6 +22,8 @@ from regulate.testing import example_inputs, perturb
 from ..helpers import stir
 from .uses import TIMM, X, close, gradients, passing, plain, regulated, use
 
+pytestmark = pytest.mark.gate
+
 # Where timm's feature taps of the last three stages lie.
 TAPS = {
     "resnetv2_18": ["stages.1", "stages.2", "stages.3"],
@@ -273,4 +275,6 @@ def test_init_weights(name):
     start = next(iter(regulators(model)))[1].mix.weight.clone()
     model.init_weights() if name == "resnet18" else model.init_weights(zero_init_last=False)
     assert not torch.equal(next(iter(regulators(model)))[1].mix.weight, start)
-    assert gradients(model)
+    found = gradients(model.train())
+    assert {name for name, _ in model.named_parameters() if ".regulator." in name} <= set(found)
+    assert all(grad.isfinite().all() for grad in found.values())

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.func import functional_call, stack_module_state, vmap
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +17,8 @@ from regulate import is_regulated, regulate, regulator_parameters, unregulate
 from regulate.rewrite.guard import regulators
 
 from .uses import ONE, TIMM, X, close, gradients, plain, regulated, use
+
+pytestmark = pytest.mark.gate
 
 CROSS = ("resnet18", "torchvision/resnet50", "resnetv2_18", "dpn48b")
 
@@ -285,5 +287,5 @@ def test_weight_decay(name):
 
 def test_the_models_of_the_matrix_are_regulated():
     for name in TIMM:
-        assert is_regulated(regulated(name))
-        assert not isinstance(regulated(name), nn.Sequential)
+        assert is_regulated(regulated(name)) and not is_regulated(plain(name))
+        assert type(regulated(name)) is type(plain(name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 from torchvision.models._utils import IntermediateLayerGetter
@@ -16,6 +17,8 @@ from regulate.rewrite.guard import regulators
 
 from ..helpers import stir
 from .uses import ONE, TORCHVISION, X, close, passing, plain, regulated, use
+
+pytestmark = pytest.mark.gate
 
 STAGES = ["layer1", "layer2", "layer3", "layer4"]
 LAYERS = {stage: str(i) for i, stage in enumerate(STAGES)}

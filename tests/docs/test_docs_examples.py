@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import upgrade_backbone
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -50,7 +52,8 @@ def test_lower_bounds_are_the_same_everywhere():
 
 def test_every_public_name_is_in_the_api_page():
     page = (ROOT / "docs" / "reference" / "README.md").read_text()
-    assert [name for name in regulate.__all__ if name != "__version__" and name not in page] == []
+    names = [name for name in regulate.__all__ if name != "__version__"]
+    assert [name for name in names if not re.search(rf"`{name}[`(]", page)] == []
 
 
 def test_links_between_documents_lead_somewhere():

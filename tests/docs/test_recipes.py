@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.gate
+
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 LIBRARIES = ("accelerate", "lightning", "transformers", "peft", "segmentation_models_pytorch")
 

@@ -15,6 +15,8 @@ import pytest
 
 import regulate
 
+pytestmark = pytest.mark.gate
+
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
 

@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import bench_gpu
 
+pytestmark = pytest.mark.gate
+
 ROOT = Path(__file__).parents[2]
 
 

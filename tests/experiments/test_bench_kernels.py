@@ -21,6 +21,8 @@ from regulate import kernels
 from regulate.kernels import library
 from regulate.nn.cells import CELLS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _compiled():

@@ -20,6 +20,8 @@ import compare
 from experiments import data, networks, registry, runner, tables
 from experiments.registry import EXPERIMENTS, Arm, Experiment, Job, jobs
 
+pytestmark = pytest.mark.gate
+
 ROOT = Path(__file__).parents[2]
 CIFAR = data.Data([], [], 10, 3, 32)
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from matplotlib.image import imsave
 from safetensors.torch import load_file
+from torch import nn
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from regulate import kernels
@@ -28,6 +29,8 @@ import train  # noqa: E402
 from experiments import batches, data, loop, networks, store  # noqa: E402
 from experiments.options import RECIPES, Options, options_of  # noqa: E402
 from experiments.place import Place  # noqa: E402
+
+pytestmark = pytest.mark.gate
 
 HERE = Place(0, 1, torch.device("cpu"))
 TINY = ("--subset", "64", "--quiet", "--model", "resnet20")
@@ -255,8 +258,18 @@ def test_two_processes_train_on_the_recipes_batch(tmp_path):
 
 
 def test_options_of_speed_run(tmp_path):
-    report = run(tmp_path, "--epochs", "1", "--cell", "lstm", "--amp", "--channels-last")
-    assert report["options"]["amp"]
+    seen = set()
+
+    def watch(module, args, out):
+        if isinstance(module, nn.Conv2d) and module.training:
+            seen.add((out.dtype, out.is_contiguous(memory_format=torch.channels_last)))
+
+    for options, expected in (((), (torch.float32, False)), (("--amp", "--channels-last"), (torch.bfloat16, True))):
+        seen.clear()
+        with nn.modules.module.register_module_forward_hook(watch):
+            run(tmp_path / str(len(options)), "--epochs", "1", "--cell", "lstm", *options)
+        assert expected in seen and (not expected[0], not expected[1]) not in seen
+        assert {dtype for dtype, _ in seen} == {expected[0]}
 
 
 def test_starting_from_weights_is_the_identity_start(tmp_path):

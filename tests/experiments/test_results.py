@@ -19,6 +19,8 @@ from experiments.options import Options
 from experiments.registry import EXPERIMENTS, jobs
 from experiments.runner import Folders, options_of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
 PAGE = (RESULTS / "README.md").read_text()

@@ -17,6 +17,8 @@ from regulate.kernels import build
 
 from ..processes import command, python
 
+pytestmark = pytest.mark.gate
+
 STEP = "import torch, regulate; torch.manual_seed(0); h, c = regulate.ConvLSTMCell(4)(torch.ones(1, 4, 3, 3)); "
 SHOW = STEP + "print(round(h.sum().item(), 4), regulate.kernels.why_no_native())"
 # The same, and where the library that was loaded lies.

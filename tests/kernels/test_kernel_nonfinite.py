@@ -11,6 +11,8 @@ from regulate.nn.cells import CELLS
 
 from .test_kernels import FORMS, LAYOUTS, case, run
 
+pytestmark = pytest.mark.slow
+
 # Images that share a stack, that fill one, and that take several tiles; the last one in a stack of its own.
 SHAPES = ((5, 3, 4, 5), (3, 2, 1, 3), (2, 17, 34, 33))
 VALUES = (float("nan"), float("inf"))

@@ -21,6 +21,8 @@ from regulate.nn.cells import CELLS
 
 from .test_kernels import LAYOUTS, SHAPES, alike, case, run
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Target:

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from regulate import kernels
+from regulate import disabled, kernels, regulate
 from regulate.kernels import library, native, op
+from regulate.models import cifar_resnet
 from regulate.nn.cells import CELLS
 
 FORMS = ("native", "aten")
@@ -177,6 +178,18 @@ def test_flops_of_the_operator():
         assert forward == readable.get_total_flops() > 0
         # torch counts the gradient of a depthwise weight as that of a full one; it is as much as the forward.
         assert backward == 2 * forward
+
+
+def test_flops_of_a_network_are_those_of_the_equations():
+    model, x = regulate(cifar_resnet(14), cell="gru").eval(), torch.randn(1, 3, 16, 16)
+    found = {}
+    for form in ("reference", "auto"):
+        with FlopCounterMode(display=False) as counter, kernels.use(form), torch.no_grad():
+            model(x)
+        found[form] = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter, disabled(model), torch.no_grad():
+        model(x)
+    assert found["reference"] == found["auto"] > counter.get_total_flops() > 0
 
 
 def test_results_do_not_depend_on_the_rest_of_the_batch():

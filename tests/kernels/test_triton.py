@@ -15,6 +15,8 @@ from regulate import kernels
 from regulate.kernels import gpu
 from regulate.nn.cells import CELLS
 
+pytestmark = pytest.mark.gate
+
 pytest.importorskip("triton", reason="torch brings no Triton on this platform")
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -15,6 +15,8 @@ from regulate.testing import distance
 
 from ..helpers import network
 
+pytestmark = pytest.mark.slow
+
 # One of each variant in timm's resnet.py and senet.py and torchvision's resnet.py; the zoo has them all.
 FAMILIES = [
     "cifar/20",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import hypothesis.strategies as st
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +19,8 @@ from regulate.config import RegulatorConfig
 from regulate.testing import distance, perturb
 
 from ..helpers import stir
+
+pytestmark = pytest.mark.gate
 
 NORMS = {
     "batch": nn.BatchNorm2d,

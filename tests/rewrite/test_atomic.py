@@ -20,6 +20,8 @@ from regulate.rewrite import install
 
 from ..helpers import network, small, stir
 
+pytestmark = pytest.mark.slow
+
 
 class Refuses(nn.Sequential):
     """A container that takes no new attributes."""

@@ -26,6 +26,8 @@ from regulate.rewrite.carrier import STACK
 
 from ..helpers import network, small, small_block, stir, stirred
 
+pytestmark = pytest.mark.slow
+
 X = torch.randn(2, 3, 64, 64)
 Y = torch.randn(2, 64, 16, 16)
 

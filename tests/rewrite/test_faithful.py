@@ -20,6 +20,8 @@ from regulate.rewrite.lookup import regulated_blocks
 from . import strange_blocks
 from .strange_blocks import ACTIVATIONS, NORMS, ODDITIES, POOLS, Recipe, Strange, network
 
+pytestmark = pytest.mark.gate
+
 # 300 in CI, always the same; by hand REGULATE_CASES=2500 and a --hypothesis-seed for each part.
 CASES = int(os.environ.get("REGULATE_CASES", "300"))
 

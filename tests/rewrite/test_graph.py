@@ -27,6 +27,8 @@ from regulate.testing import distance
 
 from ..helpers import network, stir
 
+pytestmark = pytest.mark.slow
+
 X = torch.randn(2, 3, 64, 64)
 NAMES = ["resnet18", "torchvision/resnet50", "seresnext26d_32x4d"]
 

@@ -20,6 +20,8 @@ from regulate.testing import distance, example_inputs, perturb
 
 from ..helpers import stir
 
+pytestmark = pytest.mark.slow
+
 
 def trained(name, size=64, **options):
     model = create_model(name, **options)

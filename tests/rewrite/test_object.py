@@ -17,6 +17,8 @@ from regulate.nn.identity_init import is_settled
 
 from ..helpers import network, stir, stirred
 
+pytestmark = pytest.mark.slow
+
 X = torch.randn(2, 3, 64, 64)
 
 

@@ -16,6 +16,8 @@ from regulate.rewrite.lookup import chains
 
 from ..helpers import stir
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = 6
 
 

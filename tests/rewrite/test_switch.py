@@ -15,6 +15,8 @@ from regulate.models.by_name import load_model
 
 from ..helpers import network, stirred
 
+pytestmark = pytest.mark.slow
+
 X = torch.randn(2, 3, 64, 64)
 NAMES = ["resnet18", "torchvision/resnet50", "legacy_xception", "inception_resnet_v2", "dpn48b", "resnetv2_18"]
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from timm import create_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 
 from regulate import (
@@ -22,6 +24,8 @@ from regulate import (
 from regulate.testing import distance
 
 from ..helpers import network, stir, stirred
+
+pytestmark = pytest.mark.slow
 
 X = torch.randn(2, 3, 64, 64)
 
@@ -102,14 +106,13 @@ def test_distributed_data_parallel_comes_after(wrap, one_process):
 
 
 @pytest.mark.use("regulate on wrapped models", "FSDP: an error that says the order")
-def test_sharding_comes_after():
-    class FSDPModule:
-        """What fully_shard mixes into a module's class."""
-
+def test_sharding_comes_after(one_process):
     model = network("resnet18")
-    model.layer1.__class__ = type("FSDPSequential", (FSDPModule, nn.Sequential), {})
-    with pytest.raises(UnsupportedModelError, match="regulate it, then call fully_shard"):
-        regulate(model)
+    fully_shard(model.layer1, mesh=init_device_mesh("cpu", (1,)))
+    for inplace in (False, True):
+        with pytest.raises(UnsupportedModelError, match="regulate it, then call fully_shard"):
+            regulate(model, inplace=inplace)
+    assert not is_regulated(model)
 
 
 @pytest.mark.parametrize("make", [lambda: stirred(network("resnet18")), lambda: regulate(create_model("resnet18"))])

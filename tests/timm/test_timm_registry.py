@@ -47,6 +47,8 @@ from ..compatibility.uses import X, close
 from ..helpers import network, stir
 from ..zoo.architectures import TIMM_FILES
 
+pytestmark = pytest.mark.slow
+
 NAME = "regulated_resnet18"
 
 

@@ -16,6 +16,8 @@ from regulate.tools import bench
 from regulate.tools.bench import Setting, in_turn, measure, report
 from regulate.tools.cli import main
 
+pytestmark = pytest.mark.gate
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -16,6 +16,8 @@ from regulate.models.cifar import cifar_resnet
 from regulate.rewrite.guard import regulators
 from regulate.tools.cli import main
 
+pytestmark = pytest.mark.slow
+
 
 def test_config_round_trip_through_json():
     config = RegulatorConfig("gru", "dense", "residual", "unit", "group", ["layer1", 2], 7)

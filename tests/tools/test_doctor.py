@@ -14,6 +14,8 @@ from regulate.kernels import gpu, library
 from regulate.tools import doctor
 from regulate.tools.cli import main
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import sys
 import timm

@@ -19,6 +19,8 @@ from regulate.training.gradients import GradientWatch
 
 from ..helpers import network, stirred
 
+pytestmark = pytest.mark.gate
+
 X = torch.randn(2, 3, 64, 64)
 
 

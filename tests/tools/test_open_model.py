@@ -15,6 +15,8 @@ from regulate.tools.open_model import backbone_and_options, open_model
 
 from ..helpers import stirred
 
+pytestmark = pytest.mark.slow
+
 TEN = {"num_classes": 10, "in_chans": 1}
 
 

@@ -7,10 +7,13 @@ import pty
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from regulate.tools import bench, progress
+
+pytestmark = pytest.mark.slow
 
 PLAN = [sys.executable, "-m", "regulate", "plan", "cifar/20"]
 
@@ -31,9 +34,10 @@ class Terminal:
 
 @pytest.fixture
 def terminal(monkeypatch):
+    stderr = Terminal()
     monkeypatch.setattr(progress, "_PATIENCE", 0.02)
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    return sys.stderr
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stderr))  # pytest's own capture sets sys.stderr anew
+    return stderr
 
 
 def shown(text):

@@ -17,6 +17,8 @@ from regulate.models.cifar import cifar_resnet
 
 from ..helpers import network, stirred
 
+pytestmark = pytest.mark.slow
+
 
 def digits(count):
     images, labels = load_digits(return_X_y=True)

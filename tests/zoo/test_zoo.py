@@ -28,6 +28,8 @@ from . import models_page
 from .architectures import BY_HAND, COUNTS, SAMPLE, TIMM_FILES, TOO_LARGE
 from .count_blocks import names
 
+pytestmark = pytest.mark.gate
+
 # What a small input is: 64 pixels, or what the architecture needs.
 SIZES = {"inception_resnet_v2": (3, 128, 128), "torchvision/r3d_18": (3, 8, 32, 32)}
 SIZES |= {f"torchvision/{name}": (3, 8, 32, 32) for name in ("mc3_18", "r2plus1d_18")}
