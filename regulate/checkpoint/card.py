@@ -42,7 +42,8 @@ from regulate import from_pretrained
 model = from_pretrained("FOLDER")  # or the repository, "owner/name"
 ```
 
-timm alone does not know the regulators, and does not load this file.
+With `import regulate.timm`, `timm.create_model("local-dir:FOLDER", pretrained=True)` opens it, too; timm alone does not
+know the architecture.
 """
 
 

@@ -40,8 +40,10 @@ def save_pretrained(
 ) -> None:
     """Write a regulated timm network as a folder that `from_pretrained` and the Hugging Face hub take.
 
-    config.json is timm's own, with the regulator's options for the reader; model.safetensors is a file of
-    `save` with everything in it; README.md is a model card, where there is none yet. Each appears wholly or not at all.
+    config.json is timm's own, of the architecture that `regulate.timm` registers, with the regulators' options. So timm
+    opens the folder where that is imported, and elsewhere says that it does not know the architecture.
+    model.safetensors is a file of `save` with everything in it; README.md is a model card, where there is none yet.
+    Each appears wholly or not at all.
 
     Args:
         model: a regulated model of timm; a wrapper around one will do.
@@ -73,7 +75,8 @@ def save_pretrained(
     folder.mkdir(parents=True, exist_ok=True)
     with replaced(folder / CONFIG) as temporary:
         write_config(model, temporary, model_args=dict(model_args or {}))
-        config = json.loads(temporary.read_text())
+        config = _as_regulated(json.loads(temporary.read_text()), options_of(model))
+        temporary.write_text(json.dumps(config, indent=2))
         _check_rebuilt(model, _build(config))
         save(model, folder / WEIGHTS)
     if not (folder / CARD).exists():
@@ -142,6 +145,15 @@ def _build(config: Any) -> nn.Module:
         **{**arguments, "num_classes": config["num_classes"]},
     )
     return model
+
+
+def _as_regulated(config: dict[str, Any], options: RegulatorConfig) -> dict[str, Any]:
+    """Return a config.json of timm's with the name and the options of the regulated architecture."""
+    name, arguments = config["architecture"], dict(config.get("model_args") or {})
+    if not name.startswith(REGULATED):
+        given = {key: value for key, value in options.to_dict().items() if value is not None}
+        config = {**config, "architecture": REGULATED + name, "model_args": {**arguments, **given}}
+    return config
 
 
 def _check_rebuilt(model: nn.Module, rebuilt: nn.Module) -> None:

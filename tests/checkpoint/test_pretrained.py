@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -47,7 +49,48 @@ def test_the_config_is_the_one_that_timm_writes(tmp_path):
     model = regulate(create_model("resnet18"))
     save_pretrained(model, tmp_path)
     save_config_for_hf(model, tmp_path / "timm.json")
-    assert json.loads((tmp_path / "config.json").read_text()) == json.loads((tmp_path / "timm.json").read_text())
+    ours, theirs = (json.loads((tmp_path / name).read_text()) for name in ("config.json", "timm.json"))
+    assert ours.pop("architecture") == f"regulated_{theirs.pop('architecture')}"
+    options = {"cell": "lstm", "kernel": "light", "fusion": "paper", "init": "identity", "norm": "auto"}
+    assert ours.pop("model_args") == {**theirs.pop("model_args", {}), **options}
+    assert ours == theirs
+
+
+def test_a_config_with_the_plain_architecture_is_read_as_well(tmp_path):
+    """Folders of 0.1.0 have it."""
+    model = stirred(network("resnet18"))
+    save_pretrained(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architecture": "resnet18", "model_args": {}}))
+    with torch.no_grad():
+        assert torch.equal(from_pretrained(tmp_path)(X), model.eval()(X))
+
+
+OPENED_BY_TIMM = """
+import sys, timm, torch
+folder, imported = sys.argv[1:]
+if imported == "yes":
+    import regulate.timm
+try:
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+except RuntimeError as error:
+    sys.exit(str(error))
+torch.save(model(torch.load(f"{folder}/x.pt")).detach(), f"{folder}/y.pt")
+"""
+
+
+def test_timm_opens_it_or_says_that_it_does_not_know_the_architecture(tmp_path):
+    model = stirred(create_model("resnet18", num_classes=7), "gru", fusion="residual", stages=[1, 2])
+    save_pretrained(model, tmp_path)
+    torch.save(X, tmp_path / "x.pt")
+    command = [sys.executable, "-W", "ignore", "-c", OPENED_BY_TIMM, str(tmp_path)]
+    alone, together = (
+        subprocess.run([*command, imported], capture_output=True, text=True, check=False) for imported in ("no", "yes")
+    )
+    assert alone.returncode == 1 and "Unknown model (regulated_resnet18)" in alone.stderr
+    assert together.returncode == 0, together.stderr
+    with torch.no_grad():
+        assert torch.allclose(torch.load(tmp_path / "y.pt"), model(X), atol=1e-5)
 
 
 def test_changed_heads_inputs_and_rates(tmp_path):
