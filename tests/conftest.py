@@ -41,16 +41,18 @@ TIERS = ("zoo", "gate", "slow", "quick")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Make `-m quick` choose what has no tier of its own."""
+    """Make `-m quick` choose what has no tier of its own, and tell the report of each test its tier."""
     for item in items:
-        if not any(item.get_closest_marker(name) for name in TIERS):
-            item.add_marker(pytest.mark.quick)
+        tier = next((name for name in TIERS if item.get_closest_marker(name)), "quick")
+        item.add_marker(tier)
+        item.user_properties.append(("tier", tier))
 
 
 def pytest_terminal_summary(terminalreporter):
     """Say what each tier took, added up over the workers."""
     seconds = dict.fromkeys(reversed(TIERS), 0.0)
-    for report in (one for found in terminalreporter.stats.values() for one in found if hasattr(one, "duration")):
-        seconds[next(name for name in TIERS if name in report.keywords)] += report.duration
+    reports = (one for found in terminalreporter.stats.values() for one in found)
+    for report in (one for one in reports if isinstance(one, pytest.TestReport)):
+        seconds[dict(report.user_properties).get("tier", "quick")] += report.duration
     said = ", ".join(f"{name} {spent:.0f}" for name, spent in seconds.items() if spent)
     terminalreporter.write_line(f"seconds by tier, all workers together: {said or 0}")
