@@ -21,7 +21,7 @@ from ..rewrite.guard import is_regulated
 from ..schema.plan import Plan
 from ..testing import verify
 from .open_model import backbone_and_options, open_model
-from .progress import working
+from .progress import erase, working
 from .script import run_script
 
 MODEL = "a timm name, torchvision/NAME, cifar/DEPTH, or a folder of save_pretrained"
@@ -240,5 +240,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = f"this needs {error.name}, which is not installed; pip install {error.name}"
     except (RegulateError, ValueError, TypeError, RuntimeError, OSError) as error:
         message = " ".join(str(error).split())
+    erase()  # what a measurement that failed had shown
     print(f"regulate: {message}", file=sys.stderr)
     return 2

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from regulate.tools import bench, progress
+from regulate.tools.cli import main
 
 pytestmark = pytest.mark.slow
 
@@ -66,6 +67,16 @@ def test_rounds_are_counted(terminal):
     assert [line for line in terminal.text.split("\r\033[K") if line] == [
         f"measuring, round {number} of 4" for number in (1, 2, 3, 4)
     ]
+    assert shown(terminal.text) == ""
+
+
+def test_an_error_stands_on_a_line_of_its_own(terminal, monkeypatch):
+    def fails(*arguments):
+        progress.step("measuring, round", 2, 4)
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(bench, "in_turn", fails)
+    assert main(["bench", "cifar/14", "--input-size", "16"]) == 2
     assert shown(terminal.text) == ""
 
 
