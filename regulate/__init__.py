@@ -23,10 +23,10 @@ from .errors import (
 )
 from .nn.cells import ConvGRUCell, ConvLSTMCell, ConvRNNCell
 from .rewrite.disable import disabled
+from .rewrite.freezing import freeze_backbone
 from .rewrite.guard import is_regulated
 from .schema.plan import Block, Plan, Skipped, Stage
 from .training.calibration import calibrate
-from .training.freezing import freeze_backbone
 
 __version__ = "0.1.0"
 

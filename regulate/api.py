@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from .analysis.meta_copy import duplicate
 from .analysis.planner import make_plan
 from .config import RegulatorConfig
+from .rewrite.freezing import release
 from .rewrite.guard import check_model, check_regulated, regulators, unwrapped
 from .rewrite.install import check_removable, prepare, uninstall
 from .schema.plan import Plan
-from .training.freezing import release
 
 Cell = str | Callable[[int], nn.Module]
 

@@ -13,8 +13,8 @@ from torch import fx, nn
 
 from .._compat import Convolution
 from ..config import RegulatorConfig
-from ..errors import first_line
 from ..schema.plan import Block, Skipped
+from ..schema.text import first_line
 from ..schema.values import Norm, Source
 from ..utils.paths import join
 from .dataflow import Dataflow, entering

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from ..errors import located
 from ..schema.plan import Skipped
+from ..schema.text import located
 from ..utils.modes import in_mode
 from ..utils.paths import is_inside, relative
 from .dataflow import Dataflow, entering

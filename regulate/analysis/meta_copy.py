@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .._compat import COMPILED_CALL, drop_hooks, tree_leaves
-from ..errors import UnsupportedModelError, first_line
+from ..errors import UnsupportedModelError
+from ..schema.text import first_line
 from ..utils.modes import fixed_random_state
 
 # Marks what had forward hooks.

@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from .._compat import Convolution, NoParameter
-from ..errors import located
+from ..schema.text import located
 from ..utils.modes import fixed_random_state
 from ..utils.paths import is_inside, join
 from .effects import put_back

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import CheckpointError, first_line
+from ..errors import CheckpointError
+from ..schema.text import first_line
 
 FORMAT_VERSION = 1
 _KEY = "regulate"

@@ -13,8 +13,9 @@ from torch import nn
 
 from .._compat import timm_config_writer
 from ..config import RegulatorConfig
-from ..errors import CheckpointError, UnsupportedModelError, first_line
+from ..errors import CheckpointError, UnsupportedModelError
 from ..rewrite.guard import check_regulated, unwrapped
+from ..schema.text import first_line
 from ..utils.classes import original
 from .archive import replaced
 from .card import model_card

@@ -12,11 +12,12 @@ from torch import Tensor, fx, nn
 from ..analysis.meta_copy import duplicate
 from ..analysis.planner import make_plan
 from ..config import RegulatorConfig
-from ..errors import CheckpointError, RegulateError, first_line, last_line
+from ..errors import CheckpointError, RegulateError
 from ..nn.cells import CELLS
 from ..rewrite.guard import check_model, check_regulated, regulators, unwrapped
 from ..rewrite.install import Prepared, prepare
 from ..rewrite.lookup import blocks, chains, containers, whole
+from ..schema.text import first_line, last_line
 from ..utils.rollback import all_or_nothing
 from .archive import read, write
 from .compatibility import (

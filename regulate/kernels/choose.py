@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import _compat
-from ..utils.spans import Spans, repeated_node
 from . import gpu, library
+from .spans import Spans, repeated_node
 
 CHOICES = ("auto", "native", "triton", "aten", "reference")
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..config import RegulatorConfig
-from ..errors import first_line
 from ..schema.plan import Block, Stage
+from ..schema.text import first_line
 from ..utils.modes import in_mode
 from .cells import CELLS
 from .identity_init import moments, settle

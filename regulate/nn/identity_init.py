@@ -175,6 +175,11 @@ def _representable(variance: Tensor, eps: float) -> Tensor:
     return variance.clamp(0.0 if eps > held.tiny else held.tiny, held.max / 4)
 
 
+def takes_moments(fusion: Fusion) -> bool:
+    """Check whether a fusion starts from moments of the map: in the paper's form, with batch norm."""
+    return not fusion.skip and isinstance(fusion.mix_norm, BatchNorm)
+
+
 def is_settled(fusion: Fusion) -> bool:
     """Check whether the hidden state contributes nothing to the fusion yet: its weight is still `[I | 0]`."""
     weight = fusion.mix.weight

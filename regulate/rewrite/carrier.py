@@ -18,7 +18,7 @@ from torch.utils.weak import TensorWeakRef
 
 from .._compat import assign, saving_hooks, tree_leaves
 from ..errors import BlockCallError
-from ..utils.spans import Spans
+from ..kernels.spans import Spans
 from .alignment import aligned, fitting
 
 State = tuple[Tensor, ...]

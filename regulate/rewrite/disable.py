@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .._compat import COMPILER_READS_CONTEXT
-from ..utils.spans import repeated_node
+from ..kernels.spans import repeated_node
 from .carrier import Chain
 from .lookup import chains, check_regulated
 

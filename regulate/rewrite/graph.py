@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..analysis.dataflow import entering
 from ..schema.plan import Block, Stage
 from ..utils.classes import Forward, Part, become, leave
 from ..utils.paths import join
@@ -70,7 +69,7 @@ def uninstall_from_graph(model: fx.GraphModule, record: Record) -> None:
     fused = {join(block.name, "regulator") for stage in record.stages for block in stage.blocks}
     for node in [node for node in graph.nodes if node.op == "call_module" and node.target in fused]:
         for user in [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]:
-            user.replace_all_uses_with(entering(node))
+            user.replace_all_uses_with(_entering(node))
     added = fused | {join(path, "cell") for path in fused}
     for node in reversed(list(graph.nodes)):
         if not node.users and (str(node.target) in added or "regulate" in node.meta or _reads(node, added)):
@@ -102,14 +101,19 @@ def _splice(graph: fx.Graph, stage: Stage) -> None:
     state: fx.Node | None = None
     for block in stage.blocks:
         write = calls[block.write]
-        x = entering(write)
+        x = _entering(write)
         with graph.inserting_before(write):
-            read = _aligned(graph, entering(calls[block.read]), x, block)
+            read = _aligned(graph, _entering(calls[block.read]), x, block)
             step = graph.call_module(cell, (read, state))
             both = graph.call_module(f"{block.name}.regulator", (x, step))
             fused = graph.call_function(operator.getitem, (both, 0))
             state = graph.call_function(operator.getitem, (both, 1))
         write.replace_input_with(x, fused)
+
+
+def _entering(point: fx.Node) -> fx.Node:
+    """Return the map that enters a convolution."""
+    return point.all_input_nodes[0]
 
 
 def _aligned(graph: fx.Graph, read: fx.Node, write: fx.Node, block: Block) -> fx.Node:

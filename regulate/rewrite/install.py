@@ -11,10 +11,11 @@ from torch import Tensor, fx, nn
 
 from .._compat import without_global_hooks
 from ..config import RegulatorConfig
-from ..errors import UnsupportedModelError, first_line
+from ..errors import UnsupportedModelError
 from ..nn.factory import build_stage
 from ..nn.regulator import Fusion
 from ..schema.plan import Block, Plan, Stage
+from ..schema.text import first_line
 from ..utils.classes import Part, become, core, is_plain, subclass
 from ..utils.locks import one_at_a_time
 from ..utils.paths import relative

@@ -1,8 +1,10 @@
-"""Tables that a person can read."""
+"""Text for people: tables, and an error in one line."""
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -15,3 +17,30 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         return "  ".join(cells).rstrip()
 
     return [line(head), *(line(row) for row in rows)]
+
+
+def last_line(error: Exception) -> str:
+    """Return the last line of an error's message, where torch's lists of errors say what happened."""
+    return ([type(error).__name__, *str(error).strip().splitlines()])[-1].strip()
+
+
+def first_line(error: Exception) -> str:
+    """Return the first sentence of an error's message, for a reason in a plan."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    # The message of a KeyError is the key alone.
+    return f"{type(error).__name__}: {line}" if isinstance(error, KeyError) else line.split(". ")[0]
+
+
+def located(error: Exception) -> str:
+    """Return the first sentence of an error's message, and where it was raised outside of torch and this package."""
+    own = str(Path(__file__).parents[1])
+    passed = traceback.extract_tb(error.__traceback__)
+    frames = [
+        frame
+        for frame in passed
+        if not frame.filename.startswith((own, "<")) and "torch" not in Path(frame.filename).parts
+    ]
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    if any(Path(frame.filename).parts[-3:] == ("torch", "utils", "checkpoint.py") for frame in passed):
+        return f"a symbol cannot be checkpointed{place}; switch its gradient checkpointing off, and on again afterwards"
+    return first_line(error) + place

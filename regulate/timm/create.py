@@ -8,8 +8,8 @@ from typing import Any
 from timm.models import PretrainedCfg, model_entrypoint, resolve_pretrained_cfg
 from torch import Tensor, nn
 
+from .. import RegulatorConfig
 from ..analysis.planner import make_plan
-from ..config import RegulatorConfig
 from ..rewrite.install import prepare
 from .families import PREFIX
 from .network import enlist

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..api import regulator_state_dict
+from .. import Block, Plan, is_regulated, regulator_state_dict
 from ..nn.factory import private_rng, start
-from ..rewrite.lookup import is_regulated, regulators
-from ..schema.plan import Block, Plan
+from ..rewrite.lookup import regulators
 from ..utils.classes import Part, become
 
 _START = "_regulate_start"

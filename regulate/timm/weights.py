@@ -10,8 +10,7 @@ import torch
 from timm.models import load_pretrained
 from torch import Tensor, nn
 
-from ..api import regulator_state_dict
-from ..errors import CheckpointError
+from .. import CheckpointError, regulator_state_dict
 
 Tensors = dict[str, Tensor]
 

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import kernels
-from ..api import plan, regulate
-from ..config import RegulatorConfig
+from .. import RegulatorConfig, kernels, plan, regulate
 from . import progress
 from .machine import machine, resident_peak
 from .open_model import backbone_and_options, open_model

@@ -12,13 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import Plan, RegulateError, RegulatorConfig, is_regulated, plan, regulate
 from ..analysis.inputs import sizes
-from ..api import plan, regulate
 from ..checkpoint.archive import replaced
-from ..config import CELL_NAMES, CHOICES, RegulatorConfig
-from ..errors import RegulateError
-from ..rewrite.guard import is_regulated
-from ..schema.plan import Plan
+from ..config import CELL_NAMES, CHOICES
 from ..testing import verify
 from .open_model import backbone_and_options, open_model
 from .progress import erase, working

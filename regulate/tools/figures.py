@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .. import disabled
 from ..inspect import (
     TANH_GATES,
     Step,
@@ -20,7 +21,6 @@ from ..inspect import (
     similarity,
     stages,
 )
-from ..rewrite.disable import disabled
 
 
 def draw(

@@ -11,14 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..api import regulate, unregulate
+from .. import CheckpointError, RegulatorConfig, from_pretrained, is_regulated, load, regulate, unregulate
 from ..checkpoint.archive import is_archive
-from ..checkpoint.hub import from_pretrained
-from ..checkpoint.save_load import load, options_of
-from ..config import RegulatorConfig
-from ..errors import CheckpointError, first_line
+from ..checkpoint.save_load import options_of
 from ..models.by_name import load_model
-from ..rewrite.guard import is_regulated
+from ..schema.text import first_line
 
 # Under which keys training scripts keep a state dict beside other things.
 _NESTED = ("state_dict_ema", "state_dict", "model_ema", "model")

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..api import plan
-from ..config import RegulatorConfig
+from .. import Plan, RegulatorConfig, plan
 from ..models.cifar import cifar_resnet
-from ..schema.plan import Plan
 from ..schema.text import table
 
 

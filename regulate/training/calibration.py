@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._compat import BatchNorm
 from ..errors import CalibrationError
-from ..nn.identity_init import is_settled, settle
+from ..nn.identity_init import is_settled, settle, takes_moments
 from ..nn.regulator import Fusion
 from ..rewrite.disable import is_off
 from ..rewrite.guard import check_regulated, regulators
@@ -67,7 +66,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Any]]) -> nn
         >>> model = calibrate(regulate(resnet18()), [torch.randn(2, 3, 64, 64)])
     """
     check_regulated(model)
-    fusions = [fusion for _, fusion in regulators(model) if isinstance(fusion, Fusion) and _takes_moments(fusion)]
+    fusions = [fusion for _, fusion in regulators(model) if isinstance(fusion, Fusion) and takes_moments(fusion)]
     if not fusions:
         raise CalibrationError(
             "calibrate sets the statistics of fusions with a batch norm, and this model has none; its fusions add to "
@@ -92,10 +91,6 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Any]]) -> nn
         for fusion, moments in zip(fusions, found, strict=True):
             settle(fusion, *moments)
     return model
-
-
-def _takes_moments(fusion: Fusion) -> bool:
-    return not fusion.skip and isinstance(fusion.mix_norm, BatchNorm)
 
 
 def _measured(
@@ -142,9 +137,8 @@ def _images(batch: Tensor | Sequence[Any]) -> Tensor:
 
 def _check_finite(model: nn.Module, fusions: Sequence[Fusion], moments: Sequence[_Moments], which: str) -> None:
     for fusion, one in zip(fusions, moments, strict=True):
-        norm = fusion.mix_norm
-        assert isinstance(norm, BatchNorm) and norm.running_var is not None
-        if one.count and not all(values.to(norm.running_var.dtype).isfinite().all() for values in one.result()):
+        held: torch.dtype = fusion.mix_norm.running_var.dtype  # type: ignore[union-attr, assignment]
+        if one.count and not all(values.to(held).isfinite().all() for values in one.result()):
             raise CalibrationError(
                 f"calibrate needs finite statistics, and {which} brings NaN, infinity or an overflow into "
                 f"{_block(model, fusion)}; nothing was changed; look at the input, or calibrate in float32 and "

@@ -1,1 +1,1 @@
-"""Paths of modules, modes and random states, and spans of time: what all other packages may import."""
+"""Paths of modules, modes and random states: what all other packages may import."""
