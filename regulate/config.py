@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
 
-CELL_NAMES = ("rnn", "gru", "lstm")
+# A row for each cell of the library: its gate convolutions, and the gates of each in the order of their weights.
+# Gates g and n are in (-1, 1), by tanh; the others in (0, 1), by the sigmoid function.
+CELL_GATES = {
+    "rnn": {"gates": "n"},
+    "gru": {"gates": "rz", "candidate": "n"},
+    "lstm": {"gates": "ifgo"},
+}
 CHOICES = {
     "kernel": ("light", "dense"),
     "fusion": ("paper", "residual"),
@@ -24,7 +30,7 @@ class RegulatorConfig:
     Args:
         cell: `"rnn"` (paper, Eq. (1)), `"gru"` (Ballas et al. 2016), `"lstm"` (Shi et al. 2015, no
             peepholes), or a callable `channels -> nn.Module` that follows the cell protocol
-            (see `regulate.cells`).
+            (see `regulate.nn.cells`).
         kernel: `"light"`, the paper's grouped 1x1 and depthwise 3x3, or `"dense"`, one full 3x3.
             A callable cell brings its own kernel and ignores this.
         fusion: `"paper"` is `act(BN(W * concat[x, h]))`, Eq. (2) and (3); `"residual"` is
@@ -75,7 +81,7 @@ class RegulatorConfig:
         """
         if not isinstance(self.cell, str):
             raise TypeError(
-                f"a config can be written down only if its cell is one of {_listed(CELL_NAMES)}, got the "
+                f"a config can be written down only if its cell is one of {_listed(CELL_GATES)}, got the "
                 f"callable {self.cell!r}; keep the code that builds it and pass it to regulate() again"
             )
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -97,15 +103,15 @@ class RegulatorConfig:
         return cls(**values)
 
 
-def _listed(names: Sequence[str]) -> str:
+def _listed(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names)
 
 
 def _check_cell(cell: object) -> None:
     if isinstance(cell, str):
-        if cell not in CELL_NAMES:
+        if cell not in CELL_GATES:
             raise ValueError(
-                f"cell must be one of {_listed(CELL_NAMES)} or a callable channels -> nn.Module, got {cell!r}"
+                f"cell must be one of {_listed(CELL_GATES)} or a callable channels -> nn.Module, got {cell!r}"
             )
     elif isinstance(cell, nn.Module):
         raise TypeError(
@@ -114,7 +120,7 @@ def _check_cell(cell: object) -> None:
             "stage needs a cell of its own width"
         )
     elif not callable(cell):
-        raise TypeError(f"cell must be one of {_listed(CELL_NAMES)} or a callable, got {cell!r}")
+        raise TypeError(f"cell must be one of {_listed(CELL_GATES)} or a callable, got {cell!r}")
 
 
 def _checked_stages(stages: object) -> tuple[str | int, ...] | None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .nn.cells import ConvGRUCell, ConvLSTMCell, GateConv
+from .nn.cells import GateConv, gate_names
 from .nn.regulator import Fusion
 from .rewrite.disable import disabled
 from .rewrite.guard import check_regulated, regulators, unwrapped
@@ -24,7 +24,6 @@ from .utils.modes import in_mode
 
 # Gates in (-1, 1); the others are in (0, 1).
 TANH_GATES = "gn"
-_GATES = {(ConvLSTMCell, "gates"): "ifgo", (ConvGRUCell, "gates"): "rz"}
 
 
 @dataclass(frozen=True)
@@ -116,10 +115,10 @@ def _on_cell(tape: _Tape) -> Callable[..., None]:
 
 
 def _on_gates(tape: _Tape, cell: nn.Module, name: str) -> Callable[..., None]:
-    names = _GATES.get((type(cell), name), "n")
+    names = gate_names(cell, name)
 
     def hook(module: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, ...]) -> None:
-        for gate, value in zip(names, out, strict=True):
+        for gate, value in zip(names, out, strict=bool(names)):
             tape.gates[gate] = torch.tanh(value) if gate in TANH_GATES else torch.sigmoid(value)
 
     return hook

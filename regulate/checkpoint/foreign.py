@@ -10,14 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..analysis.planner import make_plan
-from ..config import CHOICES, RegulatorConfig
+from ..config import CELL_GATES, CHOICES, RegulatorConfig
 from ..errors import CheckpointError
 from ..rewrite.install import Prepared, prepare
 from ..schema.plan import Plan
 from .compatibility import check_tensors
 
-# By the gates in one convolution, and whether a candidate follows.
-_CELLS = {(1, False): "rnn", (2, True): "gru", (4, False): "lstm"}
 _CELL, _PART = ".regulator.cell.", ".regulator."
 
 
@@ -71,14 +69,11 @@ def options_in(tensors: Mapping[str, Tensor]) -> RegulatorConfig | None:
     if first is None:
         return None
     parts = {key.removeprefix(first + _CELL): value for key, value in tensors.items() if key.startswith(first + _CELL)}
-    mix, bias = tensors.get(f"{first}{_PART}mix.weight"), parts.get("gates.bias")
-    width = 0 if mix is None or mix.dim() < 2 else mix.shape[1] - mix.shape[0]
-    cell = None
-    if bias is not None and width > 0 and len(bias) % width == 0:
-        cell = _CELLS.get((len(bias) // width, "candidate.bias" in parts))
+    mix = tensors.get(f"{first}{_PART}mix.weight")
+    cell = None if mix is None or mix.dim() < 2 else _cell(parts, mix.shape[1] - mix.shape[0])
     if cell is None:
         raise CheckpointError(
-            f"the tensors of {first}.regulator are none of an RNN, GRU or LSTM cell of this library; build the "
+            f"the tensors of {first}.regulator are of no cell of this library ({', '.join(CELL_GATES)}); build the "
             "network, call regulate(model, cell=...) with that cell and the other options, then load_state_dict"
         )
     residual = _has("hidden_norm", tensors.keys()) and not _has("mix_norm", tensors.keys())
@@ -87,6 +82,15 @@ def options_in(tensors: Mapping[str, Tensor]) -> RegulatorConfig | None:
         kernel="light" if "gates.mix" in parts else "dense",
         fusion="residual" if residual else "paper",
     )
+
+
+def _cell(parts: Mapping[str, Tensor], width: int) -> str | None:
+    """Return the cell whose gate convolutions have these biases, for a hidden state of so many channels."""
+    held = {name.removesuffix(".bias"): len(bias) for name, bias in parts.items() if name.endswith(".bias")}
+    for cell, row in CELL_GATES.items():
+        if held == {conv: len(gates) * width for conv, gates in row.items()}:
+            return cell
+    return None
 
 
 def of_blocks(planned: Plan, config: RegulatorConfig, keys: Collection[str]) -> RegulatorConfig:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .again import differentiable
+from .reference import differentiable
 
 Maybe = Tensor | None
 Weights = tuple[Tensor, Tensor, Tensor]

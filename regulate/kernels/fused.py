@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .again import differentiable
+from .reference import differentiable
 
 Maybe = Tensor | None
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .again import GATES, differentiable, reference
+from .reference import GATES, differentiable, stacked
 
 
 @functools.cache
@@ -46,7 +46,7 @@ def _error(cell: str, device: str) -> float:
             found = [*triton_step.forward(cell, x, h, c, weights, x.dtype)]
             found += triton_step.backward(cell, x, h, c, weights, dh, dc)
             x, h, c, dh, dc, weights = _arguments(cell, exact)
-            expected = [*reference(cell, x, (h,) if c is None else (h, c), *weights), None][:2]
+            expected = [*stacked(cell, x, (h,) if c is None else (h, c), *weights), None][:2]
         expected += differentiable(cell, (x, h, c, *weights), (dh, dc))
     pairs = zip(found, expected, strict=True)
     return max(((a.cpu() - b).abs().max() / b.abs().max()).item() for a, b in pairs if b is not None)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._compat import flop_formula
 from . import fused
-from .again import GATES
+from .reference import GATES
 
 _ARGUMENTS = "str cell, Tensor x, Tensor? h, Tensor? c, Tensor mix, Tensor weight, Tensor bias"
 

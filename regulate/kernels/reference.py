@@ -1,8 +1,14 @@
-"""Eq. (1) of the paper, ConvGRU and ConvLSTM as functions of their gates: the reference for every faster form."""
+"""Eq. (1) of the paper, ConvGRU and ConvLSTM as functions of their gates: the reference for every faster form.
+
+`stacked` is a step from the weights of all gates in one, as the faster forms take them; gradients of gradients come
+from it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +18,10 @@ _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 State = tuple[Tensor, ...]
 Gates = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+Maybe = Tensor | None
+
+# How many gates the steps have that have faster forms.
+GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 
 
 def light_gates(
@@ -78,3 +88,44 @@ def lstm(x: Tensor, state: State | None, gates: Gates) -> State:
     i, f, g, o = gates(x, h)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def stacked(cell: str, x: Tensor, state: State | None, *weights: Any) -> State:
+    """Return the step by the equations, from the stacked weights of all gates, the candidate last."""
+    width = x.shape[1]
+
+    def gates(first: int, last: int) -> Gates:
+        mix, weight, bias = (part[first * width : last * width] for part in weights)
+        return partial(light_gates, mix=mix, weight=weight, bias=bias, gates=last - first, width=width)
+
+    if cell == "gru":
+        return gru(x, state, gates(0, 2), gates(2, 3))
+    return (lstm if cell == "lstm" else rnn)(x, state, gates(0, GATES[cell]))
+
+
+def differentiable(cell: str, inputs: tuple[Maybe, ...], outputs: tuple[Maybe, Maybe]) -> list[Maybe]:
+    """Return the gradients of a step by the equations, so that they can be differentiated again.
+
+    Args:
+        cell: `"rnn"`, `"gru"` or `"lstm"`.
+        inputs: x, h, c, mix, weight and bias; None for a state of zeros.
+        outputs: gradients of the new hidden and cell state; None where there is none.
+
+    Returns:
+        One gradient per input, None for None and for what needs none.
+    """
+    with torch.enable_grad():
+        # Views, because the inputs may depend on one another: h was made from the weights, too.
+        inputs = tuple(None if t is None else t.view_as(t) for t in inputs)
+        x, h, c, *weights = inputs
+        assert x is not None
+        state = None if h is None else (h,) if c is None else (h, c)
+        results = stacked(cell, x, state, *weights)
+        pairs = [(result, grad) for result, grad in zip(results, outputs, strict=False) if grad is not None]
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        grads = iter(
+            torch.autograd.grad(
+                [result for result, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
+            )
+        )
+    return [next(grads) if t is not None and t.requires_grad else None for t in inputs]

@@ -9,8 +9,8 @@ import triton
 from torch import Tensor
 
 from . import triton_kernels as kernels
-from .again import GATES
 from .native import Weights
+from .reference import GATES
 
 Maybe = Tensor | None
 

@@ -15,12 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import _compat, kernels
+from ..config import CELL_GATES
 from ..kernels import reference as equations
 from ..kernels.reference import State, dense_gates, light_gates
 
@@ -95,7 +96,22 @@ class GateConv(nn.Module):
         return f"{self.channels}, gates={self.gates}, kernel={self.kernel!r}"
 
 
-class ConvRNNCell(nn.Module):
+class _Cell(nn.Module):
+    """A cell of the library: its gate convolutions, as its row of `CELL_GATES` says, and its step by the equations."""
+
+    _name: ClassVar[str]
+
+    def __init__(self, channels: int, kernel: str = "light", dims: int = 2) -> None:
+        super().__init__()
+        for conv, gates in CELL_GATES[self._name].items():
+            self.add_module(conv, GateConv(channels, len(gates), kernel, dims))
+
+    def forward(self, x: Tensor, state: State | None = None) -> State:
+        """One step. x: (N, C, H, W); state: of the step before, or None for zeros. Returns the new state."""
+        return _step(self._name, x, state, *(getattr(self, conv) for conv in CELL_GATES[self._name]))
+
+
+class ConvRNNCell(_Cell):
     """Eq. (1): `H = tanh(W * [X, H'] + b)`. State: `(H,)`.
 
     Args:
@@ -110,16 +126,10 @@ class ConvRNNCell(nn.Module):
         torch.Size([1, 8, 5, 5])
     """
 
-    def __init__(self, channels: int, kernel: str = "light", dims: int = 2) -> None:
-        super().__init__()
-        self.gates = GateConv(channels, 1, kernel, dims)
-
-    def forward(self, x: Tensor, state: State | None = None) -> State:
-        """One step. x: (N, C, H, W); state: `(H',)` or None for zeros. Returns `(H,)`."""
-        return _step("rnn", x, state, self.gates)
+    _name = "rnn"
 
 
-class ConvGRUCell(nn.Module):
+class ConvGRUCell(_Cell):
     """ConvGRU (Ballas et al. 2016), with Eq. (1)'s convolution. State: `(H,)`.
 
     `r, z = sigmoid(W * [X, H'])`, `n = tanh(W * [X, r.H'])`, `H = (1 - z).H' + z.n`. The candidate n
@@ -137,17 +147,10 @@ class ConvGRUCell(nn.Module):
         torch.Size([1, 8, 5, 5])
     """
 
-    def __init__(self, channels: int, kernel: str = "light", dims: int = 2) -> None:
-        super().__init__()
-        self.gates = GateConv(channels, 2, kernel, dims)
-        self.candidate = GateConv(channels, 1, kernel, dims)
-
-    def forward(self, x: Tensor, state: State | None = None) -> State:
-        """One step. x: (N, C, H, W); state: `(H',)` or None for zeros. Returns `(H,)`."""
-        return _step("gru", x, state, self.gates, self.candidate)
+    _name = "gru"
 
 
-class ConvLSTMCell(nn.Module):
+class ConvLSTMCell(_Cell):
     """ConvLSTM (Shi et al. 2015) without peepholes, with Eq. (1)'s convolution. State: `(H, C)`.
 
     `i, f, g, o = W * [X, H']`, `C = sigmoid(f).C' + sigmoid(i).tanh(g)`, `H = sigmoid(o).tanh(C)`.
@@ -165,15 +168,12 @@ class ConvLSTMCell(nn.Module):
         True
     """
 
-    def __init__(self, channels: int, kernel: str = "light", dims: int = 2) -> None:
-        super().__init__()
-        self.gates = GateConv(channels, 4, kernel, dims)
-        with torch.no_grad():
-            self.gates.bias[channels : 2 * channels].fill_(1.0)
+    _name = "lstm"
 
-    def forward(self, x: Tensor, state: State | None = None) -> State:
-        """One step. x: (N, C, H, W); state: `(H', C')` or None for zeros. Returns `(H, C)`."""
-        return _step("lstm", x, state, self.gates)
+    def __init__(self, channels: int, kernel: str = "light", dims: int = 2) -> None:
+        super().__init__(channels, kernel, dims)
+        with torch.no_grad():
+            self.gates.bias[channels : 2 * channels].fill_(1.0)  # type: ignore[index]
 
 
 def _step(name: str, x: Tensor, state: State | None, *convs: GateConv) -> State:
@@ -208,4 +208,9 @@ def _takes_steps(conv: nn.Module) -> bool:
     return own and conv.mix is not None and not _compat.is_watched(conv)
 
 
-CELLS = {"rnn": ConvRNNCell, "gru": ConvGRUCell, "lstm": ConvLSTMCell}
+def gate_names(cell: nn.Module, conv: str) -> str:
+    """Return the names of the gates that a gate convolution of a cell computes; none for a cell of your own."""
+    return CELL_GATES[cell._name].get(conv, "") if isinstance(cell, _Cell) else ""
+
+
+CELLS = {cell._name: cell for cell in _Cell.__subclasses__()}

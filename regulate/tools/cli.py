@@ -15,7 +15,7 @@ from torch import nn
 from .. import Plan, RegulateError, RegulatorConfig, is_regulated, plan, regulate
 from ..analysis.inputs import sizes
 from ..checkpoint.archive import replaced
-from ..config import CELL_NAMES, CHOICES
+from ..config import CELL_GATES, CHOICES
 from ..testing import verify
 from .open_model import backbone_and_options, open_model
 from .progress import erase, working
@@ -55,7 +55,7 @@ def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     size = "height and width in pixels, or one number for both; video: three"
     network.add_argument("--input-size", "--size", type=int, nargs="+", metavar="N", help=size)
     options = sub.add_argument_group("the regulators", "a network that has some keeps its own options")
-    options.add_argument("--cell", default="lstm", choices=CELL_NAMES)
+    options.add_argument("--cell", default="lstm", choices=tuple(CELL_GATES))
     for option, allowed in CHOICES.items():
         options.add_argument(f"--{option}", default=allowed[0], choices=allowed)
     options.add_argument("--stages", nargs="+", metavar="STAGE", help="names or 0-based indices")

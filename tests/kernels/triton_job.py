@@ -13,7 +13,7 @@ import sys
 import torch
 
 from regulate.kernels import gpu, triton_step
-from regulate.kernels.again import GATES, differentiable, reference
+from regulate.kernels.reference import GATES, differentiable, stacked
 
 FLOATS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
@@ -40,7 +40,7 @@ def both(cell: str, tensors: list[torch.Tensor], zeros: bool) -> tuple[list[torc
     inputs = [None if t is None else t.requires_grad_() for t in exact[:6]]
     old = None if zeros else tuple(t for t in inputs[1:3] if t is not None)
     with torch.no_grad():
-        new = [*reference(cell, inputs[0], old, *inputs[3:]), None][:2]
+        new = [*stacked(cell, inputs[0], old, *inputs[3:]), None][:2]
     expected = [*new, *differentiable(cell, tuple(inputs), (exact[6], exact[7] if cell == "lstm" else None))]
     pairs = [(a, b.detach()) for a, b in zip(found, expected, strict=True) if b is not None]
     return [a for a, _ in pairs], [b for _, b in pairs]
