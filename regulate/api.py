@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from .analysis.meta_copy import duplicate
 from .analysis.planner import make_plan
-from .config import RegulatorConfig
+from .config import Cell, Options, RegulatorConfig, resolve_config, with_signature
 from .rewrite.freezing import release
 from .rewrite.guard import check_model, check_regulated, regulators, unwrapped
 from .rewrite.install import check_removable, prepare, uninstall
 from .schema.plan import Plan
 
-Cell = str | Callable[[int], nn.Module]
 
-
+@with_signature
 def regulate(
     model: nn.Module,
     cell: Cell = "lstm",
     *,
     input_size: int | Sequence[int] | None = None,
     example_inputs: Any = None,
-    kernel: str = "light",
-    fusion: str = "paper",
-    init: str = "identity",
-    norm: str = "auto",
-    stages: Sequence[str | int] | None = None,
-    seed: int | None = None,
     inplace: bool = False,
     config: RegulatorConfig | None = None,
+    **options: Unpack[Options],
 ) -> nn.Module:
     """Splice regulators into the residual blocks of a network: Eq. (2) and (3) of arXiv 2101.00590.
 
@@ -48,23 +43,15 @@ def regulate(
         model: an image network, input (N, C, H, W), of timm, torchvision or your own, also inside
             `nn.DataParallel` or `torch.compile`, which stay around it. Left untouched unless `inplace`.
             Residual blocks are found by dataflow, see docs/how-it-works.md.
-        cell: `"rnn"` (Eq. (1)), `"gru"`, `"lstm"`, or a callable `channels -> nn.Module` that follows the
-            cell protocol of `regulate.nn.cells`.
+        cell: `"rnn"`, `"gru"`, `"lstm"`, or a callable `channels -> nn.Module`, see `RegulatorConfig`.
         input_size: H = W, (H, W), (C, H, W) or (C, D, H, W) in pixels, which the network is planned at; by default
             what its own configuration says (timm's `pretrained_cfg`, `config.image_size` and the like), else 224.
             It decides no weight, but which blocks lie on one grid.
         example_inputs: what the model is called with, where an image is not enough: a tensor, a tuple of arguments,
             a dict of them by name, or a pair (tuple, dict). Only shapes, dtypes and constants are looked at.
-        kernel: `"light"`, the paper's grouped 1x1 and depthwise 3x3, or `"dense"`, a full 3x3.
-        fusion: `"paper"`, `act(BN(W * concat[x, h]))`, or `"residual"`, `x + W * concat[x, h]`, which is
-            the identity in train mode too.
-        init: `"identity"`; `"unit"`, the same with unit statistics; `"random"`, to train from scratch.
-        norm: of what is new: `"auto"` follows the block's, else `"batch"`, `"group"` or `"none"`.
-        stages: names or 0-based indices, in forward order, of the stages to regulate; `plan(model)` lists
-            them. The paper's RegNet(i) is `stages=[i - 1]`.
-        seed: for the new weights. `None` takes `torch.initial_seed()`. The global generator is not used.
         inplace: change and return `model` itself instead of a copy. If the call fails, nothing changed.
         config: all options as one value, instead of the others.
+        **options: `kernel`, `fusion`, `init`, `norm`, `stages` and `seed`, see `RegulatorConfig`.
 
     Returns:
         The regulated network, in the model's training mode, on its device and in its dtype.
@@ -86,29 +73,25 @@ def regulate(
         >>> torch.allclose(regulated(image), model(image), rtol=1e-4, atol=1e-5)
         True
     """
-    options = _options(cell, kernel, fusion, init, norm, stages, seed, config)
+    config = resolve_config(config, cell, options)
     check_model(model)
-    planned = make_plan(unwrapped(model), options, input_size, example_inputs)
+    planned = make_plan(unwrapped(model), config, input_size, example_inputs)
     planned.warn_if_wide()
-    prepared = prepare(unwrapped(model), planned, options)
+    prepared = prepare(unwrapped(model), planned, config)
     target = model if inplace else duplicate(model)
     prepared.install(unwrapped(target))
     return target
 
 
+@with_signature
 def plan(
     model: nn.Module,
     cell: Cell = "lstm",
     *,
     input_size: int | Sequence[int] | None = None,
     example_inputs: Any = None,
-    kernel: str = "light",
-    fusion: str = "paper",
-    init: str = "identity",
-    norm: str = "auto",
-    stages: Sequence[str | int] | None = None,
-    seed: int | None = None,
     config: RegulatorConfig | None = None,
+    **options: Unpack[Options],
 ) -> Plan:
     """Return the dry run of `regulate`: what would be rewritten, at what cost, and what is left alone and why.
 
@@ -116,16 +99,11 @@ def plan(
 
     Args:
         model: see `regulate`.
-        cell: see `regulate`; likewise the keywords that are not explained here.
+        cell: see `regulate`.
         input_size: see `regulate`.
         example_inputs: see `regulate`.
-        kernel: see `regulate`.
-        fusion: see `regulate`.
-        init: see `regulate`.
-        norm: see `regulate`.
-        stages: see `regulate`.
-        seed: see `regulate`.
         config: see `regulate`.
+        **options: see `RegulatorConfig`.
 
     Returns:
         The plan. `print(plan)` is a table, `plan.to_dict()` is JSON.
@@ -139,9 +117,9 @@ def plan(
         >>> [stage.name for stage in drawn.stages], drawn.parameters
         (['layer1', 'layer2', 'layer3', 'layer4'], 2576128)
     """
-    options = _options(cell, kernel, fusion, init, norm, stages, seed, config)
+    config = resolve_config(config, cell, options)
     check_model(model)
-    return make_plan(unwrapped(model), options, input_size, example_inputs)
+    return make_plan(unwrapped(model), config, input_size, example_inputs)
 
 
 def unregulate(model: nn.Module) -> nn.Module:
@@ -214,21 +192,3 @@ def regulator_state_dict(model: nn.Module) -> dict[str, Tensor]:
     check_regulated(model)
     roots = tuple(f"{path}." for path, _ in regulators(model))
     return {key: value for key, value in model.state_dict().items() if key.startswith(roots)}
-
-
-def _options(
-    cell: Cell,
-    kernel: str,
-    fusion: str,
-    init: str,
-    norm: str,
-    stages: Sequence[str | int] | None,
-    seed: int | None,
-    config: RegulatorConfig | None,
-) -> RegulatorConfig:
-    given = RegulatorConfig(cell, kernel, fusion, init, norm, stages, seed)  # type: ignore[arg-type]
-    if config is None:
-        return given
-    if given != RegulatorConfig():
-        raise TypeError("config= holds every option, but other options were given beside it; pass one or the other")
-    return config

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from inspect import Parameter, signature
+from typing import Any, TypedDict, TypeVar
 
 from torch import nn
 
@@ -23,6 +24,10 @@ CHOICES = {
 }
 
 
+Cell = str | Callable[[int], nn.Module]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
 @dataclass(frozen=True)
 class RegulatorConfig:
     """Everything that decides what a regulator is. Immutable, comparable, JSON by `to_dict`.
@@ -34,13 +39,15 @@ class RegulatorConfig:
         kernel: `"light"`, the paper's grouped 1x1 and depthwise 3x3, or `"dense"`, one full 3x3.
             A callable cell brings its own kernel and ignores this.
         fusion: `"paper"` is `act(BN(W * concat[x, h]))`, Eq. (2) and (3); `"residual"` is
-            `x + W * concat[x, h]` without norm and activation.
+            `x + W * concat[x, h]` without norm and activation, which is the identity in train mode too.
         init: `"identity"` starts as the function the network was, with the fusion's statistics
             taken from the norm before it; `"unit"` is the same with unit statistics, kept for
             comparison; `"random"` is for training from scratch.
-        norm: `"auto"` follows the block's own norm; `"batch"`, `"group"` and `"none"` force one.
-        stages: names or 0-based indices of the stages to regulate; `None` is all of them.
-        seed: seed of the private generator for new weights; `None` takes `torch.initial_seed()`.
+        norm: of what is new: `"auto"` follows the block's own norm, else `"batch"`, `"group"` or `"none"`.
+        stages: names or 0-based indices, in forward order, of the stages to regulate; `None` is all of them, and
+            `plan(model)` lists them. The paper's RegNet(i) is `stages=[i - 1]`.
+        seed: seed of the private generator for new weights; `None` takes `torch.initial_seed()`. The global
+            generator is not used.
 
     Raises:
         ValueError: an option has a value that it does not take.
@@ -53,7 +60,7 @@ class RegulatorConfig:
         True
     """
 
-    cell: str | Callable[[int], nn.Module] = "lstm"
+    cell: Cell = "lstm"
     kernel: str = "light"
     fusion: str = "paper"
     init: str = "identity"
@@ -101,6 +108,49 @@ class RegulatorConfig:
         if unknown:
             raise ValueError(f"a config has the keys {_listed(known)}, found also {_listed(unknown)}; remove them")
         return cls(**values)
+
+
+class Options(TypedDict, total=False):
+    """The fields of `RegulatorConfig` beside the cell, as keywords, for type checkers."""
+
+    kernel: str
+    fusion: str
+    init: str
+    norm: str
+    stages: Sequence[str | int] | None
+    seed: int | None
+
+
+def resolve_config(config: RegulatorConfig | None, cell: Cell, options: Options) -> RegulatorConfig:
+    """Return the config that was given, or the one that cell and keywords make.
+
+    Raises:
+        TypeError: both were given, or a keyword is no option.
+        ValueError: an option has a value that it does not take.
+    """
+    unknown = sorted(options.keys() - Options.__annotations__.keys())
+    if unknown:
+        raise TypeError(
+            f"the options of a regulator are {_listed(Options.__annotations__)}, got an unexpected keyword argument "
+            f"{unknown[0]!r}; see RegulatorConfig"
+        )
+    given = RegulatorConfig(cell, **options)  # type: ignore[arg-type]
+    if config is not None and given != RegulatorConfig():
+        raise TypeError("config= holds every option, but other options were given beside it; pass one or the other")
+    return config or given
+
+
+def with_signature(function: Function) -> Function:
+    """Let `help(function)` show the options and their defaults in place of `**options`."""
+    own = signature(function)
+    named = [p for p in own.parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+    options = [
+        Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields(RegulatorConfig)
+        if field.name in Options.__annotations__
+    ]
+    vars(function)["__signature__"] = own.replace(parameters=[*named, *options])
+    return function
 
 
 def _listed(names: Iterable[str]) -> str:

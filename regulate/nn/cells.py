@@ -173,7 +173,7 @@ class ConvLSTMCell(_Cell):
     def __init__(self, channels: int, kernel: str = "light", dims: int = 2) -> None:
         super().__init__(channels, kernel, dims)
         with torch.no_grad():
-            self.gates.bias[channels : 2 * channels].fill_(1.0)  # type: ignore[index]
+            self.gates.bias[channels : 2 * channels].fill_(1.0)  # type: ignore[union-attr, index]
 
 
 def _step(name: str, x: Tensor, state: State | None, *convs: GateConv) -> State:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from timm import create_model
 
 from regulate import NoBlocksError, Plan, RegulatorConfig, plan, regulate
+from regulate.config import Options
 from regulate.models.by_name import load_model
 from regulate.models.cifar import cifar_resnet
 from regulate.rewrite.guard import regulators
@@ -194,3 +196,17 @@ def test_module_runs():
     done = subprocess.run([sys.executable, "-m", "regulate", "plan", "nosuchmodel"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("function", [regulate, plan])
+def test_options_are_stated_once_and_shown_by_every_function(function):
+    options = {field.name: field.default for field in dataclasses.fields(RegulatorConfig)}
+    shown = {name: p.default for name, p in inspect.signature(function).parameters.items() if name in options}
+    assert shown == options
+    assert set(Options.__annotations__) == options.keys() - {"cell"}
+
+
+@pytest.mark.parametrize("function", [regulate, plan])
+def test_a_keyword_that_is_no_option_is_named(function):
+    with pytest.raises(TypeError, match=r"'seed', got an unexpected keyword argument 'kernal'; see RegulatorConfig"):
+        function(cifar_resnet(14), kernal="dense")
