@@ -13,7 +13,7 @@ from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-KERNELS = Path("regulate", "kernels")
+KERNELS = Path("regulate", "kernels", "cpu")
 
 
 def kernel_builder() -> ModuleType:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from regulate import RegulatorConfig, kernels
-from regulate.kernels import build
+from regulate.kernels.cpu import build
 from regulate.tools import bench, machine
 from regulate.tools.bench import PLAIN, REGULATED, Setting
 
@@ -71,7 +71,7 @@ def avx2(folder: Path) -> dict[str, Context]:
         return {}
     build.make_library(build.compiler(), folder / "kernels.so", ("-march=haswell",))
     narrow = ctypes.CDLL(str(folder / "kernels.so"))
-    return {"AVX2 alone": lambda: patched("kernels.library", "_found", narrow)}
+    return {"AVX2 alone": lambda: patched("kernels.cpu.library", "_found", narrow)}
 
 
 def within(context: Context, run: Callable[[], None]) -> Callable[[], None]:

@@ -37,7 +37,7 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from regulate import RegulatorConfig, kernels
-from regulate.kernels import gpu
+from regulate.kernels.cuda import gpu
 from regulate.nn.cells import CELLS
 from regulate.tools import bench
 from regulate.tools import machine as this

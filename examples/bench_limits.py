@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from regulate import kernels
-from regulate.kernels import build, library
+from regulate.kernels.cpu import build, library
 from regulate.tools.machine import machine
 
 STAGES = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 import warnings
@@ -67,6 +68,12 @@ def test_the_picture_is_current():
     text = PAGE.read_text()
     assert BEGIN in text and END in text
     assert with_picture(text) == text, "run python -m tests.house --write"
+
+
+@pytest.mark.parametrize("script", ["run", "versions"])
+def test_the_tests_that_ci_names_are_there(script):
+    named = re.findall(r"tests/\S+\.(?:py|sh)", (ROOT / ".ci" / script).read_text())
+    assert named and [path for path in named if not (ROOT / path).is_file()] == []
 
 
 def test_no_module_is_shadowed_by_a_function():

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from regulate.kernels import build, shipped
+from regulate.kernels.cpu import build, shipped
 
 pytestmark = [pytest.mark.gate, pytest.mark.install]
 
@@ -25,7 +25,7 @@ TARGETS = build.TARGETS.get(platform.machine().lower(), ())
 # A network, and a step by the native kernels and by the equations.
 RUN = """
 import json, torch, regulate
-from regulate.kernels import library, native, shipped
+from regulate.kernels.cpu import library, native, shipped
 from regulate.models.cifar import cifar_resnet
 {setup}
 calls = []
@@ -143,10 +143,10 @@ def test_the_wheel_holds_a_library_for_each_instruction_set(wheel):
     assert tags[:2] == ["py3", "none"]
     assert (tags[2] == "any") == (not TARGETS)
     names = zipfile.ZipFile(wheel).namelist()
-    libraries = {Path(name).name for name in names if name.startswith("regulate/kernels/compiled/")}
+    libraries = {Path(name).name for name in names if name.startswith("regulate/kernels/cpu/compiled/")}
     assert libraries == {target.file for target in TARGETS}
-    sources = {path.name for path in (ROOT / "regulate" / "kernels").iterdir() if path.suffix in (".cpp", ".h")}
-    assert {"light.cpp", "vec.h"} <= sources and {f"regulate/kernels/{name}" for name in sources} <= set(names)
+    sources = {path.name for path in (ROOT / "regulate" / "kernels" / "cpu").iterdir() if path.suffix in (".cpp", ".h")}
+    assert {"light.cpp", "vec.h"} <= sources and {f"regulate/kernels/cpu/{name}" for name in sources} <= set(names)
     assert "regulate/py.typed" in names
     assert not [name for name in names if name.startswith(("tests", "examples", "setup"))]
 

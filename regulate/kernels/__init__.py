@@ -2,7 +2,7 @@
 
 `reference.py` is the written-out step. Three faster forms stand beside it:
 
-    native   C++ for float32 on the CPU (light.cpp), of the wheel, or compiled once by the compiler that is there
+    native   C++ for float32 on the CPU (cpu/), of the wheel, or compiled once by the compiler that is there
     triton   for CUDA
     aten     torch operations that use their buffers again, for every device and type
 
@@ -12,8 +12,8 @@ process is the environment variable REGULATE_KERNELS, one for a while and for th
 """
 
 from .choose import CHOICES, setting, use
-from .library import instruction_set, origin
-from .library import why_not as why_no_native
+from .cpu.library import instruction_set, origin
+from .cpu.library import why_not as why_no_native
 from .mixing import joined, laid_out_as, mixed
 from .norm import norm_relu
 from .run_step import step

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import _compat
-from . import gpu, library
+from .cpu import library
+from .cuda import gpu
 from .spans import Spans, repeated_node
 
 CHOICES = ("auto", "native", "triton", "aten", "reference")

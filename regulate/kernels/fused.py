@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native
+from .cpu import native
 from .reference import differentiable
 
 Maybe = Tensor | None
@@ -21,7 +21,7 @@ def forward(
     x, h, c = _alike(x, h, c)
     if x.device.type == "cpu":
         return native.forward(cell, x, h, c, _dense(mix, weight, bias))
-    from . import triton_step  # Triton is there only beside a GPU
+    from .cuda import triton_step  # Triton is there only beside a GPU
 
     return triton_step.forward(cell, x, h, c, _dense(mix, weight, bias), dtype)
 
@@ -43,7 +43,7 @@ def backward(
     weights = _dense(mix, weight, bias)
     if x.device.type == "cpu":
         return native.backward(cell, x, h, c, weights, new_h, dh, dc)
-    from . import triton_step
+    from .cuda import triton_step
 
     return triton_step.backward(cell, x, h, c, weights, dh, dc)
 

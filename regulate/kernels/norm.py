@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .choose import native_here
-from .library import call, channels_last, chunks
+from .cpu.library import call, channels_last, chunks
 
 
 def norm_relu(norm: nn.BatchNorm2d, x: Tensor, unfused: Tensor | None = None) -> Tensor | None:

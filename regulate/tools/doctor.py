@@ -10,7 +10,7 @@ from importlib import metadata
 import torch
 
 from .. import __version__, kernels
-from ..kernels import gpu
+from ..kernels.cuda import gpu
 
 DISTRIBUTION = "torch-regulate"
 # What goes with which extra of the distribution.

@@ -18,7 +18,7 @@ import bench_ablations
 import bench_limits
 
 from regulate import kernels
-from regulate.kernels import library
+from regulate.kernels.cpu import library
 from regulate.nn.cells import CELLS
 
 pytestmark = pytest.mark.slow
@@ -68,7 +68,8 @@ def test_a_piece_that_is_taken_away_does_not_run(monkeypatch):
     """Each context keeps the native library from what it names."""
     called = []
     call = library.call
-    from regulate.kernels import native, norm
+    from regulate.kernels import norm
+    from regulate.kernels.cpu import native
 
     for module in (native, norm):
         monkeypatch.setattr(module, "call", lambda name, *rest: (called.append(name), call(name, *rest)))

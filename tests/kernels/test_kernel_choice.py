@@ -14,7 +14,8 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils import parametrize, prune
 
 from regulate import ConvGRUCell, ConvLSTMCell, _compat, kernels, regulate
-from regulate.kernels import aten, native, op
+from regulate.kernels import aten, op
+from regulate.kernels.cpu import native
 from regulate.nn.layers import BatchNormReLU2d
 
 from ..helpers import Watch, network

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from regulate.kernels import build
+from regulate.kernels.cpu import build
 
 from ..processes import command, python
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from regulate import kernels
-from regulate.kernels import build, library
+from regulate.kernels.cpu import build, library
 from regulate.nn.cells import CELLS
 
 from .test_kernels import LAYOUTS, SHAPES, alike, case, run

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from regulate import disabled, kernels, regulate
-from regulate.kernels import library, native, op
+from regulate.kernels import op
+from regulate.kernels.cpu import library, native
 from regulate.models import cifar_resnet
 from regulate.nn.cells import CELLS
 

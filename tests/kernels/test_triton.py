@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from regulate import kernels
-from regulate.kernels import gpu
+from regulate.kernels.cuda import gpu
 from regulate.nn.cells import CELLS
 
 pytestmark = pytest.mark.gate

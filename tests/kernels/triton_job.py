@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from regulate.kernels import gpu, triton_step
+from regulate.kernels.cuda import gpu, triton_step
 from regulate.kernels.reference import GATES, differentiable, stacked
 
 FLOATS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import weight_norm
 
 from regulate import ConvGRUCell, ConvLSTMCell, ConvRNNCell, kernels
-from regulate.kernels import native
+from regulate.kernels.cpu import native
 from regulate.nn.layers import BatchNormReLU2d, Mix2d
 from regulate.nn.regulator import Fusion
 from regulate.schema.values import Norm

@@ -15,7 +15,8 @@ from regulate import (
     disabled,
     kernels,
 )
-from regulate.kernels import aten, native
+from regulate.kernels import aten
+from regulate.kernels.cpu import native
 from regulate.rewrite.carrier import STACK
 
 from ..helpers import network, stirred

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from regulate import __version__, kernels
-from regulate.kernels import gpu, library
+from regulate.kernels.cpu import library
+from regulate.kernels.cuda import gpu
 from regulate.tools import doctor
 from regulate.tools.cli import main
 

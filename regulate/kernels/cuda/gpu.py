@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import GATES, differentiable, stacked
+from ..reference import GATES, differentiable, stacked
 
 
 @functools.cache

@@ -8,9 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
+from ..cpu.native import Weights
+from ..reference import GATES
 from . import triton_kernels as kernels
-from .native import Weights
-from .reference import GATES
 
 Maybe = Tensor | None
 
