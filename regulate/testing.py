@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._compat import tree_leaves
+from ._compat.operators import tree_leaves
 from .api import plan, regulate
 from .config import RegulatorConfig
 from .nn.cells import GateConv

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .._compat import Convolution
+from .._compat.modules import Convolution
 from ..config import RegulatorConfig
 from ..schema.plan import Block, Skipped
 from ..schema.text import first_line

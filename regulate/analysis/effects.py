@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .._compat import FX_CONSTANT
+from .._compat.modules import FX_CONSTANT
 
 # What torch itself keeps on a module, its tensors and children apart.
 _OWN = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}

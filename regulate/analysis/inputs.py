@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._compat import tree_leaves, tree_map
+from .._compat.operators import tree_leaves, tree_map
 from ..utils.modes import fixed_random_state
 from .effects import put_back
 

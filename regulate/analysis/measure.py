@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .._compat import SEES_OPERATORS, DispatchMode, flops, tree_leaves, tree_map, written
+from .._compat.operators import SEES_OPERATORS, DispatchMode, flops, tree_leaves, tree_map, written
 from ..utils.modes import fixed_random_state
 from ..utils.paths import is_inside
 from .effects import put_back

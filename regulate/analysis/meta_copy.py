@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .._compat import COMPILED_CALL, drop_hooks, tree_leaves
+from .._compat.compiler import COMPILED_CALL
+from .._compat.modules import drop_hooks
+from .._compat.operators import tree_leaves
 from ..errors import UnsupportedModelError
 from ..schema.text import first_line
 from ..utils.modes import fixed_random_state

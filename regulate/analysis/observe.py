@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .._compat import tree_leaves
+from .._compat.operators import tree_leaves
 from ..nn.hiding import HidesRegulator
 from ..utils.classes import Part, become, leave
 from ..utils.modes import fixed_random_state

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .._compat import without_global_hooks
+from .._compat.modules import without_global_hooks
 from ..config import RegulatorConfig
 from ..errors import NoBlocksError, UnknownStageError
 from ..nn.factory import build_cell, build_fusion

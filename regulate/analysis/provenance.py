@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .._compat import BatchNorm, NormWithStatistics
+from .._compat.modules import BatchNorm, NormWithStatistics
 from ..schema.values import Source
 from .dataflow import Dataflow
 from .meta_copy import has_hooks

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from .._compat import Convolution, NoParameter
+from .._compat.modules import Convolution, NoParameter
 from ..schema.text import located
 from ..utils.modes import fixed_random_state
 from ..utils.paths import is_inside, join

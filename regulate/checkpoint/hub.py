@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .._compat import timm_config_writer
+from .._compat.modules import timm_config_writer
 from ..config import RegulatorConfig
 from ..errors import CheckpointError, UnsupportedModelError
 from ..rewrite.guard import check_regulated, unwrapped

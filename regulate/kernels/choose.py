@@ -10,7 +10,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
-from .. import _compat
+from .._compat import autograd, compiler
 from .cpu import library
 from .cuda import gpu
 from .spans import Spans, repeated_node
@@ -123,7 +123,7 @@ def choose(cell: str, x: Tensor, state: tuple[Tensor, ...] | None, weights: Sequ
         return None
     compiling = torch.compiler.is_compiling()
     # First what is being traced: its shapes are not to be looked at. What is exported must run without this package.
-    if (_compat.is_exporting() if compiling else _transformed()) or not _fitting(cell, x, state, weights, gates):
+    if (compiler.is_exporting() if compiling else _transformed()) or not _fitting(cell, x, state, weights, gates):
         return None
     device = x.device.type
     mixed = torch.is_autocast_enabled(device) if device in ("cpu", "cuda") else False
@@ -182,21 +182,21 @@ def _fitting(cell: str, x: Tensor, state: tuple[Tensor, ...] | None, weights: Se
 
 def dispatched() -> bool:
     """Check whether somebody looks at torch's operators as they run, a FLOP counter or a policy of checkpointing."""
-    return _compat.operators_are_watched()
+    return autograd.operators_are_watched()
 
 
 def _transformed() -> bool:
     """Tracing by torch.jit, vmap and the other function transforms, and forward-mode differentiation."""
-    return _compat.is_tracing() or _compat.function_transforms_are_active() or _compat.forward_mode_is_active()
+    return autograd.is_tracing() or autograd.function_transforms_are_active() or autograd.forward_mode_is_active()
 
 
 # These two look around on this machine.
-@_compat.constant_while_compiling
+@compiler.constant_while_compiling
 def _native() -> bool:
     return library.why_not() is None
 
 
-@_compat.constant_while_compiling
+@compiler.constant_while_compiling
 def _triton(compiling: bool) -> bool:
     # While torch.compile traces is no time to try a kernel: then only what has been tried already counts.
     if compiling and gpu.works.cache_info().currsize == 0:
@@ -204,5 +204,5 @@ def _triton(compiling: bool) -> bool:
     return gpu.works("cuda")
 
 
-if not _compat.COMPILER_READS_CONTEXT:
-    _compat.constant_while_compiling(_asked)
+if not compiler.COMPILER_READS_CONTEXT:
+    compiler.constant_while_compiling(_asked)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._compat import is_exporting
+from .._compat.compiler import is_exporting
 from .choose import eager_on_cpu
 
 Maybe = Tensor | None

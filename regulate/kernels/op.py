@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._compat import flop_formula
+from .._compat.operators import flop_formula
 from . import fused
 from .reference import GATES
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from .._compat import in_backward, running_node_number, sequence_number
+from .._compat.autograd import in_backward, running_node_number, sequence_number
 
 _OPEN = 2**63
 # How many uses with gradients a backward pass can look back on.

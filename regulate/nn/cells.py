@@ -20,7 +20,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import _compat, kernels
+from .. import kernels
+from .._compat.modules import is_watched
 from ..config import CELL_GATES
 from ..kernels import reference as equations
 from ..kernels.reference import State, dense_gates, light_gates
@@ -205,7 +206,7 @@ def _in_one(name: str, x: Tensor, state: State | None, convs: tuple[GateConv, ..
 def _takes_steps(conv: nn.Module) -> bool:
     """Check whether a gate convolution may be asked for more than its gates."""
     own = type(conv).forward is GateConv.forward and "forward" not in conv.__dict__
-    return own and conv.mix is not None and not _compat.is_watched(conv)
+    return own and conv.mix is not None and not is_watched(conv)
 
 
 def gate_names(cell: nn.Module, conv: str) -> str:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._compat import BatchNorm
+from .._compat.modules import BatchNorm
 from ..schema.values import Source
 from .regulator import Fusion
 

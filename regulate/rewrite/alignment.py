@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .._compat import is_tracing
+from .._compat.autograd import is_tracing
 
 
 def aligned(read: Any, x: Any, stride: tuple[int, ...], crop: bool) -> Any:

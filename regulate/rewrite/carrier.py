@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.weak import TensorWeakRef
 
-from .._compat import assign, saving_hooks, tree_leaves
+from .._compat.autograd import saving_hooks
+from .._compat.compiler import assign
+from .._compat.operators import tree_leaves
 from ..errors import BlockCallError
 from ..kernels.spans import Spans
 from .alignment import aligned, fitting

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
-from .._compat import COMPILER_READS_CONTEXT
+from .._compat.compiler import COMPILER_READS_CONTEXT
 from ..kernels.spans import repeated_node
 from .carrier import Chain
 from .lookup import chains, check_regulated

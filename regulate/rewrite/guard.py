@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._compat import compiled
+from .._compat.compiler import compiled
 from ..errors import AlreadyRegulatedError, UnsupportedModelError
 from .lookup import check_regulated, is_regulated, regulators
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._compat import in_checkpoint_function, running_node_number, saving_hooks, sequence_number
+from .._compat.autograd import in_checkpoint_function, running_node_number, saving_hooks, sequence_number
 from ..errors import BlockCallError
 from .carrier import Frame, Place, State, first_tensor
 from .disable import is_off

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .._compat import without_global_hooks
+from .._compat.modules import without_global_hooks
 from ..config import RegulatorConfig
 from ..errors import UnsupportedModelError
 from ..nn.factory import build_stage

@@ -14,14 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .._compat import (
-    after_backward,
-    in_backward,
-    running_node_number,
-    saving_hooks,
-    sequence_number,
-    tree_leaves,
-)
+from .._compat.autograd import after_backward, in_backward, running_node_number, saving_hooks, sequence_number
+from .._compat.operators import tree_leaves
 from .carrier import Memory, Place
 
 _NOTES = "_regulate_notes"

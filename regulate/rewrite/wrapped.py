@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from .._compat import assign, tree_leaves
+from .._compat.compiler import assign
+from .._compat.operators import tree_leaves
 from ..errors import BlockCallError
 from ..nn.hiding import HidesRegulator
 from ..utils.classes import Forward, Part, leave

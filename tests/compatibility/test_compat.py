@@ -15,7 +15,8 @@ from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
 
 import regulate
-from regulate import BlockCallError, ConvLSTMCell, UnsupportedModelError, _compat, disabled, kernels, plan
+from regulate import BlockCallError, ConvLSTMCell, UnsupportedModelError, disabled, kernels, plan
+from regulate._compat import autograd, compiler, lookup, modules, operators
 from regulate.kernels import choose
 from regulate.models.by_name import load_model
 
@@ -47,7 +48,7 @@ SYMBOLS = [
     (nn.modules, "batchnorm", "_BatchNorm", None),
     (nn.modules, "batchnorm", "_NormBase", None),
     (nn.modules, "conv", "_ConvNd", None),
-    *((nn.modules, "module", name, None) for name in _compat._HOOKS_EVERYWHERE),
+    *((nn.modules, "module", name, None) for name in modules._HOOKS_EVERYWHERE),
 ]
 each_symbol = pytest.mark.parametrize(("owner", "part", "name", "question"), SYMBOLS, ids=[one[2] for one in SYMBOLS])
 # What compiled code asks.
@@ -56,6 +57,7 @@ COMPILED = [
 ]
 
 # What other files take from it when they are read.
+COMPAT = (lookup, autograd, compiler, modules, operators)
 VALUES = {"BatchNorm", "NormWithStatistics", "Convolution", "DispatchMode", "SEES_OPERATORS"}
 
 
@@ -75,7 +77,7 @@ class Without:
 def lacking():
     """Reads the file, and those that take classes from it, anew without a symbol; for one test."""
     readers = [module for name, module in sys.modules.items() if name.startswith("regulate.") and _reads(module)]
-    kept = [(module, dict(vars(module))) for module in (_compat, *readers)]
+    kept = [(module, dict(vars(module))) for module in (*COMPAT, *readers)]
 
     def read(owner, part, name):
         whole = getattr(owner, part)
@@ -92,7 +94,7 @@ def lacking():
 
 
 def _reads(module):
-    return module is not _compat and bool(VALUES & vars(module).keys())
+    return module not in COMPAT and bool(VALUES & vars(module).keys())
 
 
 def network():
@@ -134,9 +136,9 @@ def alike(found, expected):
 
 @each_symbol
 def test_a_network_runs_without_a_symbol(owner, part, name, question, lacking, expected):
-    assert question is None or getattr(_compat, question)() is False
+    assert question is None or getattr(autograd, question)() is False
     lacking(owner, part, name)
-    assert question is None or getattr(_compat, question)() is True
+    assert question is None or getattr(autograd, question)() is True
     plain = network()
     model = regulate.regulate(plain)
     with torch.no_grad():
@@ -144,7 +146,7 @@ def test_a_network_runs_without_a_symbol(owner, part, name, question, lacking, e
     stir(model).train()
     whole = gradients(model, model)
     # Where nobody sees the operators, fusions have no activation: another network, with the same start.
-    assert alike(whole, expected[0]) is _compat.SEES_OPERATORS
+    assert alike(whole, expected[0]) is operators.SEES_OPERATORS
     assert alike(gradients(model, lambda x: by_block(model, x)), whole)
     with pytest.raises(BlockCallError):
         model[1][1](MAPS)
@@ -179,8 +181,8 @@ def test_operators_that_do_not_name_their_packet_are_not_counted_as_nothing():
     args = (x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
     convolution = torch.ops.aten.convolution.default
     result = convolution(*args)
-    assert _compat.flops(convolution, args, {}, result) == 2 * 4 * 3 * 9 * 64
-    assert _compat.flops(SimpleNamespace(), args, {}, result) is None
+    assert operators.flops(convolution, args, {}, result) == 2 * 4 * 3 * 9 * 64
+    assert operators.flops(SimpleNamespace(), args, {}, result) is None
 
 
 def test_the_package_works_without_torchs_flop_counter():
@@ -210,7 +212,7 @@ TOGETHER = pytest.mark.skipif(TorchVersion(torch.__version__) < "2.14", reason="
 @pytest.mark.parametrize("known", [pytest.param(True, marks=TOGETHER), False], ids=["with", "without"])
 def test_a_compiler_without_the_way_around_its_safety_checks(known, monkeypatch):
     if not known:
-        monkeypatch.setattr(_compat, "_ALLOWING", "_allows_no_side_effect")
+        monkeypatch.setattr(compiler, "_ALLOWING", "_allows_no_side_effect")
     # In eval mode: that a norm counts its batches twice is a question of torch's own.
     model = stir(regulate.regulate(network()))
     torch._dynamo.reset()
@@ -229,7 +231,7 @@ def test_a_compiler_that_does_not_know_the_mark(monkeypatch):
 
 def test_a_compiled_network_that_holds_the_model_by_another_name(monkeypatch):
     plain = network()
-    monkeypatch.setattr(_compat, "_COMPILED", "_another")
+    monkeypatch.setattr(compiler, "_COMPILED", "_another")
     model = regulate.regulate(torch.compile(plain, backend="eager"))
     assert regulate.is_regulated(model)
     with torch.no_grad():
@@ -238,7 +240,7 @@ def test_a_compiled_network_that_holds_the_model_by_another_name(monkeypatch):
 
 
 def test_a_node_of_autograd_without_its_number(monkeypatch, expected):
-    monkeypatch.setattr(_compat, "_autograd_node", lambda: SimpleNamespace())
+    monkeypatch.setattr(autograd, "_autograd_node", lambda: SimpleNamespace())
     model = stir(regulate.regulate(network())).train()
     assert alike(gradients(model, lambda x: by_block(model, x)), expected[0])
 
@@ -255,6 +257,6 @@ def test_timm_without_its_writer_of_configurations(monkeypatch, tmp_path):
 
 def test_a_module_that_keeps_its_hooks_elsewhere():
     assert all(
-        _compat.is_watched(SimpleNamespace(**dict.fromkeys(set(_compat._HOOKS_ON_OUTPUT) - {name})))
-        for name in _compat._HOOKS_ON_OUTPUT
+        modules.is_watched(SimpleNamespace(**dict.fromkeys(set(modules._HOOKS_ON_OUTPUT) - {name})))
+        for name in modules._HOOKS_ON_OUTPUT
     )

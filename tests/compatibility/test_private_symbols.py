@@ -1,4 +1,4 @@
-"""No file but `_compat.py` uses a private symbol of another library."""
+"""No file but those of `_compat/` use a private symbol of another library."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import regulate
 from regulate.analysis.trace import trace
 
 PACKAGE = Path(regulate.__file__).parent
-FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "_compat.py"]
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if "_compat" not in path.parts]
 
-# Other people's names that are used in every file: `_compat.py` says so at its top. And two of Python's.
+# Other people's names that are used in every file: `_compat/__init__.py` says so at its top. And two of Python's.
 EVERYWHERE = {"_modules", "_parameters", "_buffers", "_version", "_metadata", "_DummyThread", "_name"}
 BASES = (nn.Module, torch.Tensor, torch.autograd.Function, fx.Proxy, fx.Tracer, fx.Interpreter, TorchDispatchMode)
 OTHERS = {name for base in BASES for name in dir(base)}

@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from regulate import (
     BlockCallError,
-    _compat,
     disabled,
     kernels,
 )
+from regulate._compat import autograd
 from regulate.kernels import aten
 from regulate.kernels.cpu import native
 from regulate.rewrite.carrier import STACK
@@ -102,7 +102,7 @@ def test_checkpointing_by_block_gives_equal_gradients_and_leaves_nothing(form, e
 def test_checkpointing_by_block_works_where_torch_does_not_tell_of_backward_passes(monkeypatch):
     stage = stirred(network("resnet18")).layer1
     expected = gradients(stage, stage)
-    monkeypatch.setattr(_compat, "_graph_task", None)
+    monkeypatch.setattr(autograd, "_graph_task", None)
     assert close(gradients(stage, by_block(stage)), expected)
 
 
