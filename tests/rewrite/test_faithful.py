@@ -18,7 +18,8 @@ from regulate import NoBlocksError, disabled, kernels, plan, regulate, unregulat
 from regulate.rewrite.lookup import regulated_blocks
 
 from . import strange_blocks
-from .strange_blocks import ACTIVATIONS, NORMS, ODDITIES, POOLS, Recipe, Strange, network
+from .strange_blocks import ODDITIES
+from .strange_networks import ACTIVATIONS, NORMS, POOLS, Recipe, Strange, network
 
 pytestmark = pytest.mark.gate
 
