@@ -119,7 +119,7 @@ def program(words: list[str]) -> tuple[str, list[str]] | None:
 
 def test_the_arguments_in_the_shells_lines_are_taken():
     parsed = [(where, *found) for where, words in SHELL if (found := program(words)) is not None]
-    # `regulate timm` takes a script of timm's repository, which is not here: tests/timm/test_timm_registry.py has one.
+    # `regulate timm` takes a script of timm's repository, which is not here: tests/timm/test_timm_training.py has one.
     ours = [entry for entry in parsed if entry[2][:1] != ["timm"] and not entry[1].startswith("tests.")]
     assert len(ours) > 10
     done = subprocess.run(
