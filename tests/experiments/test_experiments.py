@@ -1,15 +1,11 @@
-"""The experiments' runner: presets, resuming, two processes, errors in one line, comparisons on two seeds."""
+"""The experiments' runner: presets, seeds, two processes, options of speed, errors in one line."""
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
-import resource
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,50 +18,15 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from regulate import kernels
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-import train  # noqa: E402
-from experiments import batches, data, loop, networks, store  # noqa: E402
-from experiments.options import RECIPES, Options, options_of  # noqa: E402
-from experiments.place import Place  # noqa: E402
+import train
+from experiments import batches, data, loop, networks
+from experiments.options import RECIPES, Options, options_of
+
+from .runs import HERE, ROOT, cifar_files, figures, run
 
 pytestmark = pytest.mark.gate
-
-HERE = Place(0, 1, torch.device("cpu"))
-TINY = ("--subset", "64", "--quiet", "--model", "resnet20")
-
-
-def run(folder, *arguments):
-    assert train.main([*TINY, "--out", str(folder), *arguments]) == 0
-    return json.loads((folder / "run.json").read_text())
-
-
-def figures(report):
-    return [{key: value for key, value in entry.items() if not key.endswith("seconds")} for entry in report["epochs"]]
-
-
-def cifar_files(root, kind):
-    """A CIFAR folder with a handful of images."""
-    folder = root / kind.base_folder
-    folder.mkdir(parents=True)
-    key = "labels" if kind is CIFAR10 else "fine_labels"
-    names = [name for name, _ in (*kind.train_list, *kind.test_list)]
-    for name in names:
-        pixels = np.random.default_rng(0).integers(0, 255, (80, 3072), dtype=np.uint8)
-        (folder / name).write_bytes(pickle.dumps({"data": pixels, key: [i % 10 for i in range(80)]}))
-    meta = folder / kind.meta["filename"]
-    meta.write_bytes(pickle.dumps({kind.meta["key"]: [str(i) for i in range(10)]}))
-    return root
-
-
-@pytest.fixture
-def fake_cifar(monkeypatch):
-    """A handful of images passes for CIFAR."""
-    for kind in (CIFAR10, CIFAR100):
-        monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
-        monkeypatch.setattr(kind, "_load_meta", lambda self: setattr(self, "classes", []))
-    monkeypatch.setattr(store, "DIGESTS", {})
 
 
 def image_folder(root):
@@ -126,109 +87,6 @@ def test_the_same_seed_is_the_same_run_and_another_is_not(cell, tmp_path):
         for name, seed in (("a", "1"), ("b", "1"), ("c", "2"))
     )
     assert a == b != c
-
-
-def test_a_resumed_run_ends_with_the_same_numbers(tmp_path):
-    whole = run(tmp_path / "whole", "--epochs", "4", "--cell", "lstm", "--milestones", "1", "3")
-    run(tmp_path / "parts", "--epochs", "2", "--cell", "lstm", "--milestones", "1", "3")
-    parts = run(tmp_path / "parts", "--epochs", "4", "--cell", "lstm", "--milestones", "1", "3", "--resume")
-    assert figures(parts) == figures(whole)
-    assert same_network(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_a_resumed_run_repeats_the_augmentation(tmp_path, fake_cifar):
-    common = ["--dataset", "cifar10", "--data", str(cifar_files(tmp_path / "data", CIFAR10)), "--recipe", "short"]
-    common += ["--batch", "32", "--epochs", "2"]
-    whole = run(tmp_path / "whole", *common)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Run, "save", stops_after_one_epoch)
-        assert train.main([*TINY, "--out", str(tmp_path / "parts"), *common]) == 130
-    torch.rand(7)
-    parts = run(tmp_path / "parts", *common, "--resume")
-    assert figures(parts) == figures(whole)
-    assert same_network(tmp_path / "whole", tmp_path / "parts")
-
-
-def stops_after_one_epoch(self, path, save=loop.Run.save):
-    save(self, path)
-    if self.history:
-        raise KeyboardInterrupt
-
-
-def same_network(*folders):
-    a, b = (load_file(folder / "model.safetensors") for folder in folders)
-    return all(torch.equal(a[key], b[key]) for key in a)
-
-
-def test_every_epoch_has_an_order_of_its_own():
-    options = Options(seed=3, subset=64)
-    made = batches.training(data.load("digits", subset=64), options, HERE)
-
-    def order(epoch):
-        made.epoch = epoch
-        return made.order().tolist()
-
-    assert order(0) == order(0) != order(1)
-    assert sorted(order(1)) == list(range(64))
-    model = networks.build(options, data.load("digits"))
-    state = loop.Run(model, torch.optim.SGD(model.parameters(), 0.1), [], {})
-    loop.epoch(state, model, made, loop.Job(options, options.plan(), HERE, Path()), 4)
-    assert made.epoch == 4
-
-
-def started(folder, *arguments):
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        str(ROOT / "examples" / "train.py"),
-        "--model",
-        "resnet20",
-        "--subset",
-        "64",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        [*command, "--out", str(folder), *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
-        # A job in the background ignores Ctrl-C, and so would what it starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_run_goes_on(blow, tmp_path):
-    arguments = ["--cell", "rnn", "--epochs", "60"]
-    with started(tmp_path / "run", *arguments) as process:
-        while not (line := process.stdout.readline()).startswith("epoch   2"):
-            assert line, process.stderr.read()
-        time.sleep(0.3)
-        process.send_signal(blow)
-        _, error = process.communicate()
-    assert process.returncode == (-9 if blow == signal.SIGKILL else 130)
-    assert ("--resume" in error) == (blow == signal.SIGINT)
-    assert "Traceback" not in error
-    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    done = len(checkpoint["history"])
-    assert done >= 2
-    resumed = run(tmp_path / "run", "--cell", "rnn", "--epochs", str(done + 1), "--resume")
-    assert figures(resumed) == figures(run(tmp_path / "whole", "--cell", "rnn", "--epochs", str(done + 1)))
-
-
-def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
-    run(tmp_path, "--epochs", "1")
-    before = (tmp_path / "checkpoint.pt").read_bytes()
-    command = [sys.executable, "-W", "ignore", "examples/train.py", *TINY, "--resume", "--epochs", "2"]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        # No file can grow beyond 64 KiB, as on a disk that is full.
-        capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16)),
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert "checkpoint.pt cannot be written" in done.stderr
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "model.safetensors", "run.json"]
 
 
 def test_two_processes_train_on_the_recipes_batch(tmp_path):

@@ -1,0 +1,129 @@
+"""A run that is stopped goes on and ends with the numbers of one that was not; a full disk loses nothing."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torchvision.datasets import CIFAR10
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+import train
+from experiments import batches, data, loop, networks
+from experiments.options import Options
+
+from .runs import HERE, ROOT, TINY, cifar_files, figures, run
+
+pytestmark = pytest.mark.gate
+
+
+def test_a_resumed_run_ends_with_the_same_numbers(tmp_path):
+    whole = run(tmp_path / "whole", "--epochs", "4", "--cell", "lstm", "--milestones", "1", "3")
+    run(tmp_path / "parts", "--epochs", "2", "--cell", "lstm", "--milestones", "1", "3")
+    parts = run(tmp_path / "parts", "--epochs", "4", "--cell", "lstm", "--milestones", "1", "3", "--resume")
+    assert figures(parts) == figures(whole)
+    assert same_network(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_resumed_run_repeats_the_augmentation(tmp_path, fake_cifar):
+    common = ["--dataset", "cifar10", "--data", str(cifar_files(tmp_path / "data", CIFAR10)), "--recipe", "short"]
+    common += ["--batch", "32", "--epochs", "2"]
+    whole = run(tmp_path / "whole", *common)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Run, "save", stops_after_one_epoch)
+        assert train.main([*TINY, "--out", str(tmp_path / "parts"), *common]) == 130
+    torch.rand(7)
+    parts = run(tmp_path / "parts", *common, "--resume")
+    assert figures(parts) == figures(whole)
+    assert same_network(tmp_path / "whole", tmp_path / "parts")
+
+
+def stops_after_one_epoch(self, path, save=loop.Run.save):
+    save(self, path)
+    if self.history:
+        raise KeyboardInterrupt
+
+
+def same_network(*folders):
+    a, b = (load_file(folder / "model.safetensors") for folder in folders)
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    options = Options(seed=3, subset=64)
+    made = batches.training(data.load("digits", subset=64), options, HERE)
+
+    def order(epoch):
+        made.epoch = epoch
+        return made.order().tolist()
+
+    assert order(0) == order(0) != order(1)
+    assert sorted(order(1)) == list(range(64))
+    model = networks.build(options, data.load("digits"))
+    state = loop.Run(model, torch.optim.SGD(model.parameters(), 0.1), [], {})
+    loop.epoch(state, model, made, loop.Job(options, options.plan(), HERE, Path()), 4)
+    assert made.epoch == 4
+
+
+def started(folder, *arguments):
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(ROOT / "examples" / "train.py"),
+        "--model",
+        "resnet20",
+        "--subset",
+        "64",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [*command, "--out", str(folder), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
+        # A job in the background ignores Ctrl-C, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_run_goes_on(blow, tmp_path):
+    arguments = ["--cell", "rnn", "--epochs", "60"]
+    with started(tmp_path / "run", *arguments) as process:
+        while not (line := process.stdout.readline()).startswith("epoch   2"):
+            assert line, process.stderr.read()
+        time.sleep(0.3)
+        process.send_signal(blow)
+        _, error = process.communicate()
+    assert process.returncode == (-9 if blow == signal.SIGKILL else 130)
+    assert ("--resume" in error) == (blow == signal.SIGINT)
+    assert "Traceback" not in error
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    done = len(checkpoint["history"])
+    assert done >= 2
+    resumed = run(tmp_path / "run", "--cell", "rnn", "--epochs", str(done + 1), "--resume")
+    assert figures(resumed) == figures(run(tmp_path / "whole", "--cell", "rnn", "--epochs", str(done + 1)))
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
+    run(tmp_path, "--epochs", "1")
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    command = [sys.executable, "-W", "ignore", "examples/train.py", *TINY, "--resume", "--epochs", "2"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # No file can grow beyond 64 KiB, as on a disk that is full.
+        capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16)),
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "checkpoint.pt cannot be written" in done.stderr
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "model.safetensors", "run.json"]
