@@ -14,7 +14,6 @@ from torch import nn
 import regulate as package
 from regulate import (
     AlreadyRegulatedError,
-    CalibrationError,
     NoBlocksError,
     NotRegulatedError,
     RegulateError,
@@ -22,7 +21,6 @@ from regulate import (
     UnknownStageError,
     UnsupportedModelError,
     calibrate,
-    disabled,
     freeze_backbone,
     is_regulated,
     plan,
@@ -221,62 +219,6 @@ def test_a_failure_in_the_last_stage_changes_nothing(monkeypatch):
 def test_functions_for_regulated_models_say_so(call, resnet):
     with pytest.raises(NotRegulatedError, match=r"call regulate\(model\) first"):
         call(resnet)
-
-
-def test_calibrate_refuses_what_it_cannot_do():
-    with pytest.raises(CalibrationError, match="got no batch"):
-        calibrate(regulate(cifar_resnet(14)), [])
-    with pytest.raises(CalibrationError, match="none"):
-        calibrate(regulate(cifar_resnet(14), fusion="residual"), [torch.randn(1, 3, 32, 32)])
-    for init in ("random", "identity"):
-        model = regulate(cifar_resnet(14), init=init)
-        if init == "identity":
-            with torch.no_grad():
-                model.layer1[0].regulator.mix.weight[0, 20] = 1e-3
-        with pytest.raises(CalibrationError, match="before training"):
-            calibrate(model, [torch.randn(1, 3, 32, 32)])
-
-
-@pytest.mark.parametrize(
-    ("batches", "error", "says"),
-    [
-        (lambda: [torch.randn(1, 3, 32, 32), torch.full((1, 3, 32, 32), torch.nan)], CalibrationError, "batch 1"),
-        (lambda: [torch.full((2, 3, 32, 32), torch.inf)], CalibrationError, r"into layer1\.0; nothing was changed"),
-        (lambda: [torch.full((2, 3, 32, 32), 1e30)], CalibrationError, "an overflow"),
-        (lambda: torch.randn(2, 3, 32, 32), TypeError, r"pass a list, \[images\]"),
-        (lambda: [{"image": torch.randn(2, 3, 32, 32)}], TypeError, "got a dict; pass"),
-        (lambda: [()], TypeError, "starts with one"),
-    ],
-)
-def test_calibrate_changes_nothing_where_it_fails(batches, error, says):
-    model = regulate(cifar_resnet(14)).train()
-    before = copy.deepcopy(model.state_dict())
-    attributes = {name: dict(vars(m)) for name, m in model.named_modules()}
-    with pytest.raises(error, match=says):
-        calibrate(model, batches())
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert attributes == {name: dict(vars(m)) for name, m in model.named_modules()}
-    assert all(m.training and not m._forward_pre_hooks for m in model.modules())
-
-
-def test_calibrate_says_why_it_cannot_run():
-    with torch.device("meta"):
-        bare = regulate(cifar_resnet(14))
-    with pytest.raises(CalibrationError, match="on the meta device; give it memory"):
-        calibrate(bare, [torch.randn(2, 3, 32, 32)])
-    model = regulate(cifar_resnet(14))
-    with disabled(model), pytest.raises(CalibrationError, match="switched off here"):
-        calibrate(model, [torch.randn(2, 3, 32, 32)])
-
-
-def test_calibrate_changes_nothing_where_the_last_norm_cannot_be_written():
-    model = regulate(cifar_resnet(14))
-    with torch.inference_mode():
-        model.layer3[1].regulator.mix_norm.running_mean = torch.zeros(64)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match="inference"):
-        calibrate(model, [torch.randn(2, 3, 32, 32)])
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_a_model_on_the_meta_device_works():
