@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import signal
 import stat
@@ -16,8 +15,9 @@ import pytest
 from regulate.kernels.cpu import build
 
 from ..processes import command, python
+from .compilers import compiler
 
-pytestmark = pytest.mark.gate
+pytestmark = [pytest.mark.gate, pytest.mark.usefixtures("quickly_compiled")]
 
 STEP = "import torch, regulate; torch.manual_seed(0); h, c = regulate.ConvLSTMCell(4)(torch.ones(1, 4, 3, 3)); "
 SHOW = STEP + "print(round(h.sum().item(), 4), regulate.kernels.why_no_native())"
@@ -25,15 +25,6 @@ SHOW = STEP + "print(round(h.sum().item(), 4), regulate.kernels.why_no_native())
 WHERE = SHOW + "; print(*{line.split()[-1] for line in open('/proc/self/maps') if 'kernels' in line and '.so' in line})"
 ALONE = "regulate compiles its CPU kernels for this process alone, as their cache cannot be used: "
 WITHOUT = "regulate computes without its CPU kernels: "
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick(tmp_path_factory):
-    """Compiling without optimisation takes a quarter of the time."""
-    command = shlex.join(build.compiler())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CXX", compiler(tmp_path_factory.mktemp("quick"), f'exec {command} "$@" -O0'))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +48,6 @@ def cache(filled, tmp_path):
     """A copy of that."""
     subprocess.run(["cp", "-a", str(filled), str(tmp_path / "cache")], check=True)
     return tmp_path / "cache"
-
-
-def compiler(folder, script):
-    """A compiler of one's own: a shell script."""
-    path = folder / "compiler"
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o700)
-    return str(path)
 
 
 def only_file(cache):
@@ -261,41 +244,3 @@ def test_what_a_compiler_makes_must_be_a_library_with_the_kernels(tmp_path, expe
         assert reason in done.stdout
         assert done.stderr.count(WITHOUT) == 1
         shutil.rmtree(tmp_path / "regulate")
-
-
-# The limit leaves room for the results, two maps, and not for what is computed beside them.
-NO_MEMORY = """
-import resource, torch, regulate
-torch.set_num_threads(1)
-{setup}
-with torch.no_grad():
-    run(torch.zeros({small}))
-    x = torch.zeros({large})
-    pages = int(open("/proc/self/statm").read().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2 * x.nbytes + {more}, -1))
-    try:
-        run(x)
-    except MemoryError as error:
-        print(error)
-"""
-
-
-@pytest.mark.parametrize(
-    ("setup", "small", "large", "name"),
-    [
-        ("run = regulate.ConvLSTMCell(1)", (1, 1, 4, 4), (1, 1, 2000, 2000), "regulate_forward"),
-        (
-            "import torch.nn as nn; run = lambda x: regulate.kernels.norm_relu(nn.BatchNorm2d(x.shape[1]), x)",
-            (2, 1, 4, 4),
-            (2, 2_000_000, 1, 1),
-            "regulate_norm_relu",
-        ),
-    ],
-    ids=["step", "norm"],
-)
-def test_a_failed_allocation_is_an_error_and_not_the_end_of_the_process(setup, small, large, name):
-    # The step wants 17 buffers of 16 MB, the norm two sums of 8 bytes for each of two million channels.
-    more = 32_000_000 if name == "regulate_forward" else 64_000_000  # which the norm itself takes
-    done = python(NO_MEMORY.format(setup=setup, small=small, large=large, more=more))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{name} found no memory for its buffers")
