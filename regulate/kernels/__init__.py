@@ -11,7 +11,7 @@ that are not two-dimensional, tensor subclasses, function transforms, tracing an
 process is the environment variable REGULATE_KERNELS, one for a while and for this thread or task is `use`.
 """
 
-from .choose import CHOICES, setting, use
+from .choose import CHOICES, eager_on_cpu, setting, use
 from .cpu.library import instruction_set, origin
 from .cpu.library import why_not as why_no_native
 from .mixing import joined, laid_out_as, mixed
@@ -20,6 +20,7 @@ from .run_step import step
 
 __all__ = [
     "CHOICES",
+    "eager_on_cpu",
     "instruction_set",
     "joined",
     "laid_out_as",

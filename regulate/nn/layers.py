@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .. import kernels
-from .activations import with_cut
+from .activations import cut, with_cut
 
 
 class BatchNormReLU2d(nn.BatchNorm2d):
     """`ReLU(batch_norm(x))`: a batch norm whose output is rectified.
 
     Arguments, parameters and buffers are those of `torch.nn.BatchNorm2d`. In training on the CPU both are one pass
-    over the map. In a fusion it is given the map before the fusion as
-    well, and adds what a ReLU would cut from that: see `cut`.
+    over the map, in inference they share its memory. In a fusion it is given the map before the fusion as well, and
+    adds what a ReLU would cut from that: see `cut`.
 
     Examples:
         >>> import torch
@@ -37,8 +38,12 @@ class BatchNormReLU2d(nn.BatchNorm2d):
         fast = kernels.norm_relu(self, input, unfused)
         if fast is not None:
             return fast
-        y = F.relu(super().forward(input))
-        return y if unfused is None else with_cut("relu", y, unfused)
+        y = super().forward(input)
+        maps = (y,) if unfused is None else (y, unfused)
+        if not torch.is_grad_enabled() and kernels.eager_on_cpu(*maps):
+            # In the norm's own result: fresh memory costs as much there as the pass over it.
+            return y.relu_() if unfused is None else y.relu_().add_(cut("relu", unfused))
+        return F.relu(y) if unfused is None else with_cut("relu", F.relu(y), unfused)
 
 
 class Mix2d(nn.Conv2d):

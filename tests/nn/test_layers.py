@@ -83,6 +83,20 @@ def test_a_hook_may_change_what_passes():
     assert close(y, part.mix_norm.bias.relu()[:, None, None].expand_as(y))
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_inference_takes_no_memory_beside_the_norms_result(fused, layout, monkeypatch):
+    norm = fusion().eval().mix_norm
+    x, unfused = (torch.randn(2, 4, 5, 6).to(memory_format=layout) for _ in range(2))
+    before, given = (x.clone(), unfused.clone()), (x, unfused) if fused else (x,)
+    expected = norm(*given)  # with gradients
+    monkeypatch.setattr(F, "relu", None)
+    with torch.no_grad():
+        found = norm(*given)
+    assert torch.equal(found, expected) and found.is_contiguous(memory_format=layout)
+    assert torch.equal(x, before[0]) and torch.equal(unfused, before[1])
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_hook_of_all_modules_costs_no_fast_form(cell, monkeypatch):
     ran, seen = [], []
