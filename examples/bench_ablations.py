@@ -37,7 +37,7 @@ RUNS = {
     for name, setting in NETWORKS.items()
     for mode in ("eval", "train")
 }
-COMPILED = {f"resnet50-compiled-{mode}": replace(RUNS[f"resnet50-{mode}"], compile=True) for mode in ("eval", "train")}
+COMPILED = {name.replace("-", "-compiled-"): replace(setting, compile=True) for name, setting in RUNS.items()}
 
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -58,6 +58,7 @@ def pieces() -> dict[str, Context]:
     """Return what is taken away, by what computes then."""
     return {
         "norms with ReLU by torch": lambda: patched("kernels.norm", "native_here", lambda *tensors: False),
+        "norms of inference in fresh memory": lambda: patched("kernels", "eager_on_cpu", lambda *tensors: False),
         "mix by convolution": lambda: patched("kernels", "mixed", lambda *tensors: None),
         "cell in aten": lambda: patched("kernels.run_step", "choose", lambda *arguments: "aten"),
         "cell written out": lambda: patched("kernels.run_step", "choose", lambda *arguments: None),

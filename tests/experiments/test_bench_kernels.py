@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -20,6 +21,7 @@ import bench_limits
 from regulate import kernels
 from regulate.kernels.cpu import library
 from regulate.nn.cells import CELLS
+from regulate.nn.layers import BatchNormReLU2d
 
 pytestmark = pytest.mark.slow
 
@@ -90,6 +92,18 @@ def test_a_piece_that_is_taken_away_does_not_run(monkeypatch):
     assert run(pieces["cell in aten"]) == run(pieces["cell written out"]) == {"regulate_norm_relu"}
     assert run(pieces["all of that"]) == set()
     assert run(pieces["mix by convolution"]) == run(ExitStack) == both
+
+
+def test_norms_of_inference_in_fresh_memory_go_by_torchs_relu(monkeypatch):
+    rectified, relu = [], F.relu
+    monkeypatch.setattr(F, "relu", lambda x: rectified.append(x) or relu(x))
+    norm, x = BatchNormReLU2d(4).eval(), torch.randn(2, 4, 5, 5)
+    with torch.no_grad():
+        expected = norm(x)
+        assert not rectified
+        with bench_ablations.pieces()["norms of inference in fresh memory"]():
+            assert torch.equal(norm(x), expected)
+    assert len(rectified) == 1
 
 
 def test_an_ablation_and_its_table():
