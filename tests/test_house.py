@@ -112,6 +112,16 @@ def test_the_tests_that_ci_names_are_there(script):
     assert named and [path for path in named if not (ROOT / path).is_file()] == []
 
 
+def test_the_map_names_what_is_there():
+    rows = re.findall(r"`([\w/]+\.py)`: ((?:`[\w.]+`(?:, )?)+)", PAGE.read_text())
+    assert len(rows) > 15
+    for path, names in rows:
+        text = (ROOT / ("" if path.startswith("tests/") else "regulate") / path).read_text()
+        for name in re.findall(r"`([\w.]+)`", names):
+            own = re.escape(name.rpartition(".")[2])
+            assert re.search(rf"(def|class) {own}\b|^{own}\b", text, re.M), f"{path} has no {name}"
+
+
 def test_no_module_is_shadowed_by_a_function():
     for info in pkgutil.walk_packages(regulate.__path__, "regulate."):
         if info.name.endswith(("__main__", "triton_kernels")):
