@@ -114,11 +114,17 @@ class Options(TypedDict, total=False):
     """The fields of `RegulatorConfig` beside the cell, as keywords, for type checkers."""
 
     kernel: str
+    """See `RegulatorConfig`."""
     fusion: str
+    """See `RegulatorConfig`."""
     init: str
+    """See `RegulatorConfig`."""
     norm: str
+    """See `RegulatorConfig`."""
     stages: Sequence[str | int] | None
+    """See `RegulatorConfig`."""
     seed: int | None
+    """See `RegulatorConfig`."""
 
 
 def resolve_config(config: RegulatorConfig | None, cell: Cell, options: Options) -> RegulatorConfig:
