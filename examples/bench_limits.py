@@ -66,7 +66,7 @@ class Machine:
         build.make_library(command, folder / "kernels.so", target)
         here = Path(__file__).with_suffix(".cpp")
         made, out = folder / "limits.o", folder / "limits.so"
-        flags = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-Wno-psabi", "-I", str(Path(kernels.__file__).parent))
+        flags = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-Wno-psabi", "-I", str(Path(build.__file__).parent))
         subprocess.run([*command, *flags, *target, "-c", str(here), "-o", str(made)], check=True)
         # Without OpenMP's library: torch has loaded its own.
         subprocess.run([*command, "-shared", str(made), "-o", str(out)], check=True)
