@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regulate import kernels
 from regulate.kernels.cpu import build, library
 from regulate.tools.machine import machine
 
