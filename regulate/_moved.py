@@ -17,6 +17,7 @@ MOVED = {
     "regulate.bench": "regulate.tools.bench",
     "regulate.cells": "regulate.nn.cells",
     "regulate.figures": "regulate.tools.figures",
+    "regulate.training.freezing": "regulate.rewrite.freezing",  # stands in pickles of frozen networks
     "regulate.verify": "regulate.testing",
     "regulate.watch": "regulate.training.gradients",
 }

@@ -102,8 +102,9 @@ def _taping(model: nn.Module, tape: _Tape) -> Iterator[None]:
             if cell is not None:
                 hooks.callback(cell.register_forward_pre_hook(_on_cell(tape)).remove)
                 for name, part in cell.named_children():
-                    if isinstance(part, GateConv):
-                        hooks.callback(part.register_forward_hook(_on_gates(tape, cell, name)).remove)
+                    names = gate_names(cell, name) if isinstance(part, GateConv) else ""
+                    if names:
+                        hooks.callback(part.register_forward_hook(_on_gates(tape, names)).remove)
         yield
 
 
@@ -114,11 +115,9 @@ def _on_cell(tape: _Tape) -> Callable[..., None]:
     return hook
 
 
-def _on_gates(tape: _Tape, cell: nn.Module, name: str) -> Callable[..., None]:
-    names = gate_names(cell, name)
-
+def _on_gates(tape: _Tape, names: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, ...]) -> None:
-        for gate, value in zip(names, out, strict=bool(names)):
+        for gate, value in zip(names, out, strict=True):
             tape.gates[gate] = torch.tanh(value) if gate in TANH_GATES else torch.sigmoid(value)
 
     return hook

@@ -41,7 +41,7 @@ class BatchNormReLU2d(nn.BatchNorm2d):
         y = super().forward(input)
         maps = (y,) if unfused is None else (y, unfused)
         if not torch.is_grad_enabled() and kernels.eager_on_cpu(*maps):
-            # In the norm's own result: fresh memory costs as much there as the pass over it.
+            # In the norm's own result, which saves fresh memory for two maps.
             return y.relu_() if unfused is None else y.relu_().add_(cut("relu", unfused))
         return F.relu(y) if unfused is None else with_cut("relu", F.relu(y), unfused)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import sys
 import warnings
 
 import pytest
@@ -160,3 +162,13 @@ def silent(model, x):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(x)
+
+
+def test_a_pickle_of_before_the_move_finds_what_keeps_a_norm_in_eval_mode():
+    model = freeze_backbone(regulate(cifar_resnet(14)))
+    keeps = vars(model.bn1)["train"].func
+    named = pickle.dumps(keeps, protocol=0)
+    assert b"regulate.rewrite.freezing" in named
+    sys.modules.pop("regulate.training.freezing", None)
+    with pytest.warns(DeprecationWarning, match=r"regulate\.rewrite\.freezing"):
+        assert pickle.loads(named.replace(b"regulate.rewrite", b"regulate.training")) is keeps
