@@ -97,6 +97,18 @@ def test_inference_takes_no_memory_beside_the_norms_result(fused, layout, monkey
     assert torch.equal(x, before[0]) and torch.equal(unfused, before[1])
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_gradients_are_those_of_the_equations(train):
+    part, found = fusion().train(train), []
+    for way in (lambda x, h: part(x, (h,))[0], lambda x, h: plain(part, x, h)):
+        x, h = maps()
+        part.zero_grad()
+        way(x, h).square().sum().backward()
+        weights = (part.mix.weight, part.mix_norm.weight, part.mix_norm.bias, part.hidden_norm.weight)
+        found.append([x.grad, h.grad, *(weight.grad.clone() for weight in weights)])
+    assert all(close(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_hook_of_all_modules_costs_no_fast_form(cell, monkeypatch):
     ran, seen = [], []
