@@ -103,7 +103,7 @@ def _before(place: Place, args: Any) -> Memory | None:
     found = memory_for(place.chain, args, is_repeated()) or _begun(place)
     backwards = found is not None and found.index >= place.index and not isinstance(scope_of(place.chain), Scope)
     if found is None or backwards:
-        raise BlockCallError(_reentrant(place) if is_repeated() else _called_alone(place))
+        raise BlockCallError(_reentrant(place) if is_repeated() else _out_of_order(place, found))
     if torch.is_grad_enabled() and not found.tracked and _needs_gradient(args):
         raise BlockCallError(_reentrant(place))
     note(place, found, args)
@@ -152,10 +152,11 @@ def _needs_gradient(args: Any) -> bool:
     return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves(args))
 
 
-def _called_alone(place: Place) -> str:
+def _out_of_order(place: Place, last: Memory | None) -> str:
+    ran = "no block before it has run" if last is None else f"the last one to run was block {last.index}"
     return (
-        f"block {place.index} of {place.chain.name} needs the memory of the blocks before it, and no block before it "
-        "has run in this pass; call the stage that holds it, or its blocks in order, or unregulate(model) first"
+        f"block {place.index} of {place.chain.name} needs the memory of the blocks before it, and {ran} in this pass; "
+        "call the stage that holds it, or its blocks in order, or unregulate(model) first"
     )
 
 

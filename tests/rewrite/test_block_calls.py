@@ -148,10 +148,19 @@ def test_a_container_that_runs_two_passes_in_turns_keeps_them_apart():
 @pytest.mark.parametrize("index", [1, -1])
 def test_a_block_before_which_none_has_run_raises(index):
     model = regulate(network("resnet50"))
-    with pytest.raises(BlockCallError, match="memory of the blocks before it"):
+    with pytest.raises(BlockCallError, match="no block before it has run"):
         model.layer1[index](torch.randn(2, 256, 8, 8))
     with pytest.raises(BlockCallError):
         nn.Sequential.forward(model.layer1[1:], torch.randn(2, 256, 8, 8))
+
+
+def test_a_block_called_again_by_hand_raises_and_says_which_one_ran():
+    stage = regulate(network("resnet50")).layer1
+    with torch.no_grad():
+        x = stage[1](stage[0](torch.randn(2, 64, 8, 8)))
+        with pytest.raises(BlockCallError, match="the last one to run was block 1 in this pass"):
+            stage[1](x)
+        stage[2](x)
 
 
 def test_a_pass_that_fails_leaves_nothing_behind():
