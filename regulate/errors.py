@@ -12,7 +12,7 @@ class NoBlocksError(RegulateError, ValueError):
 
 
 class UnsupportedModelError(RegulateError, TypeError):
-    """The object is not a model that can be rewritten: wrapped, compiled, already a graph, no module."""
+    """The object cannot be rewritten: no module, scripted, not copyable, or wrapped for distributed training."""
 
 
 class AlreadyRegulatedError(RegulateError, ValueError):
