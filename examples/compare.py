@@ -16,10 +16,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.messages import EXPECTED, one_line
+from experiments.options import COUNT
 from experiments.plots import draw
 from experiments.registry import EXPERIMENTS, Experiment, jobs
+from experiments.results import read_runs
 from experiments.runner import Folders, run_all
-from experiments.tables import read_runs, renewed, table
+from experiments.tables import renewed, table
 
 from regulate.checkpoint.archive import replaced
 
@@ -33,8 +36,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--data", help="folder of the data sets")
     run.add_argument("--cache", help="folder of the data sets as arrays, by default that of the data")
     run.add_argument("--work", type=Path, default=Path("runs/compare"), help="folder of checkpoints")
-    run.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
-    run.add_argument("--seeds", type=int, help="only so many of the registered seeds")
+    run.add_argument("--jobs", type=COUNT, default=1, help="runs at a time, each with one thread")
+    run.add_argument("--seeds", type=COUNT, help="only so many of the registered seeds")
     run.add_argument("--device", choices=("cpu", "cuda"))
     for command in (run, commands.add_parser("tables", help="tables and pictures of what is finished")):
         command.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
@@ -56,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
-        print(f"compare.py: {' '.join(str(error).split())}", file=sys.stderr)
+    except EXPECTED as error:
+        print(f"compare.py: {one_line(error)}", file=sys.stderr)
         return 2
 
 
@@ -66,7 +69,10 @@ def _registered(results: Path) -> list[Experiment]:
     page = results / "README.md"
     if not page.exists():
         raise ValueError(f"there is no {page}; name the experiments")
-    return [one for one in EXPERIMENTS.values() if f"<!-- {one.name}:" in page.read_text()]
+    found = [one for one in EXPERIMENTS.values() if f"<!-- {one.name}:" in page.read_text()]
+    if not found:
+        raise ValueError(f"{page} has a place for no experiment; name the experiments")
+    return found
 
 
 def show() -> int:
@@ -85,7 +91,12 @@ def run(chosen: Sequence[Experiment], args: argparse.Namespace) -> int:
     folders = Folders(args.work, args.results, args.data, args.cache)
     missing = run_all(jobs(chosen, args.seeds), folders, args.jobs, args.device)
     for job in missing:
-        print(f"{job.name}: not finished; the same command goes on", file=sys.stderr)
+        what = (
+            "diverged, which is its result"
+            if folders.failure(job).exists()
+            else "not finished; the same command goes on"
+        )
+        print(f"{job.name}: {what}", file=sys.stderr)
     return 2 if missing else 0
 
 
@@ -96,8 +107,14 @@ def tables(chosen: Sequence[Experiment], results: Path) -> int:
     for experiment in chosen:
         runs = read_runs(experiment, results)
         if runs:
-            draw(runs, results / experiment.name / "plot.png", experiment.title, experiment.references[0])
-            print(f"{experiment.title}\n\n{table(runs, experiment.references)}\n")
+            picture = results / experiment.name / "plot.png"
+            draw(runs, picture, experiment.title, experiment.references[0], experiment.starts)
+            print(f"{experiment.title}\n\n{table(runs, experiment.references, experiment.starts)}\n")
+        else:
+            print(
+                f"{experiment.name}: no run in {results}; `compare.py run {experiment.name}` makes them",
+                file=sys.stderr,
+            )
         if text is not None and f"<!-- {experiment.name}:" in text:
             text = renewed(text, experiment, results)
     if text is not None:

@@ -14,9 +14,8 @@ import sys
 from collections.abc import Sequence
 
 from experiments.loop import train
+from experiments.messages import EXPECTED, one_line
 from experiments.options import options_of
-
-import regulate
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,8 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped; the last whole epoch is in {options.out}/checkpoint.pt, --resume goes on", file=sys.stderr)
         return 130
-    except (regulate.RegulateError, ValueError, RuntimeError, OSError) as error:
-        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+    except EXPECTED as error:
+        print(f"train.py: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from .data import Data
+from .folders import Drawn
 from .images import Images
 from .options import Options
 from .place import Place
@@ -63,16 +64,19 @@ class LoadedBatches:
     epoch: int = 0
 
     def __post_init__(self) -> None:
+        # The sampler adds the epoch to its seed: seeds must lie further apart than epochs.
         self.sampler: DistributedSampler[Any] = DistributedSampler(
-            self.dataset, self.at.world, self.at.rank, shuffle=True, seed=self.options.seed, drop_last=True
+            self.dataset, self.at.world, self.at.rank, shuffle=True, seed=_seed(self.options.seed, 0, 0), drop_last=True
         )
-        self.loader = _loader(self.dataset, self.size, self.options, self.at, sampler=self.sampler, drop_last=True)
+        self.drawn = Drawn(self.dataset, self.options.seed)
+        self.loader = _loader(self.drawn, self.size, self.options, self.at, sampler=self.sampler, drop_last=True)
 
     def __len__(self) -> int:
         return len(self.sampler) // self.size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.sampler.set_epoch(self.epoch)
+        self.drawn.epoch = self.epoch  # before the loader's processes start, which they do anew each time
         for images, labels in self.loader:
             yield images.to(self.at.device), labels.to(self.at.device)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset, Subset
 
 from . import store
+from .folders import Readable
 from .images import Images
 from .sources import DataError, MissingDataError
 
@@ -21,6 +22,7 @@ _STATISTICS = {
     "fashion_mnist": ((0.2860,), (0.3530,)),
 }
 Split = Images | Dataset[Any]
+_TEST = ("val", "valid", "validation", "test")  # what the test images' folder may be called
 
 
 @dataclass(frozen=True)
@@ -123,21 +125,24 @@ def _enlarged(images: Images) -> Images:
 def _folder(root: str | None, size: int, model: str | None) -> Data:
     """root/train/CLASS/*.jpg and root/val/CLASS/*.jpg, with timm's transforms."""
     from timm.data import create_transform
-    from torchvision.datasets import ImageFolder
 
     folder, look = Path(root or "data"), _look(model)
     try:
-        train = ImageFolder(str(folder / "train"), create_transform(size, is_training=True, **look))
-        test = ImageFolder(str(_test_folder(folder)), create_transform(size, **look))
+        train = Readable(str(folder / "train"), create_transform(size, is_training=True, **look))
+        test = Readable(str(_test_folder(folder)), create_transform(size, **look))
     except FileNotFoundError as error:
-        raise MissingDataError(f"{error}; --data takes a folder with train/CLASS/*.jpg and val/CLASS/*.jpg") from error
+        raise MissingDataError(
+            f"{error}; --data takes a folder with train/CLASS/*.jpg and val/CLASS/*.jpg (or {', '.join(_TEST[1:])})"
+        ) from error
     if train.classes != test.classes:
         raise DataError(f"train and test images in {folder} have other classes: {train.classes} and {test.classes}")
+    if len(train.classes) < 2:
+        raise DataError(f"a network tells two classes or more apart, and {folder / 'train'} has {train.classes} alone")
     return Data(train, test, len(train.classes), 3, size)
 
 
 def _test_folder(folder: Path) -> Path:
-    found = [folder / name for name in ("val", "validation", "test") if (folder / name).is_dir()]
+    found = [folder / name for name in _TEST if (folder / name).is_dir()]
     return found[0] if found else folder / "val"
 
 

@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from regulate.checkpoint.archive import replaced
 from regulate.training.gradients import GradientWatch
 
 from . import batches, record
+from .checkpoint import NAME, Run, TrainingError, read, written
+from .clock import Clock
 from .data import Data, load
 from .networks import build
 from .options import Options, Recipe
@@ -29,42 +30,8 @@ from .place import Place, place
 CHECKED_EVERY = 50  # steps; on a GPU each look at the loss waits for it
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message is all that a user needs."""
-
-
-@dataclass
-class Run:
-    """The state of a run, all that a checkpoint holds."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    history: list[dict[str, float]]
-    asked: dict[str, Any]
-
-    def save(self, path: Path) -> None:
-        """Write the checkpoint, wholly or not at all."""
-        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer")}
-        try:
-            with replaced(path) as temporary:
-                torch.save({**parts, "history": self.history, "asked": self.asked}, temporary)
-        except (OSError, RuntimeError) as error:
-            raise TrainingError(
-                f"{path} cannot be written ({str(error).splitlines()[0]}); make room, then --resume goes on from the "
-                "checkpoint before"
-            ) from error
-
-    def load(self, path: Path) -> None:
-        """Go on where the checkpoint was written; it must be of the same options."""
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        other = sorted(key for key in self.asked if state["asked"].get(key) != self.asked[key])
-        if other:
-            raise TrainingError(
-                f"{path} is of a run with other {', '.join(other)}; give another --out, or leave --resume out"
-            )
-        for name in ("model", "optimizer"):
-            getattr(self, name).load_state_dict(state[name])
-        self.history[:] = state["history"]
+class DivergedError(TrainingError):
+    """The loss is not finite: an outcome of the run, not an accident."""
 
 
 @dataclass(frozen=True)
@@ -84,26 +51,6 @@ class Job:
     def autocast(self) -> torch.autocast:
         """Return the context of the forward pass."""
         return torch.autocast(self.at.device.type, torch.bfloat16, enabled=self.options.amp)
-
-
-@dataclass
-class Clock:
-    """Seconds of an epoch, on the wall and of the processor.
-
-    They count from the end of the first step, in which kernels may be compiled, and are scaled to all steps.
-    """
-
-    began: tuple[float, float] = (0.0, 0.0)
-
-    def first_step_done(self) -> None:
-        """Begin to count."""
-        self.began = (time.perf_counter(), time.process_time())
-
-    def read(self, steps: int) -> dict[str, float]:
-        """Return the seconds of an epoch of so many steps; of a single step they cannot be told."""
-        scale = steps / (steps - 1) if steps > 1 else 0.0
-        wall, processor = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
-        return {"seconds": wall * scale, "processor_seconds": processor * scale}
 
 
 def epoch(run: Run, network: nn.Module, train: Any, job: Job, number: int) -> dict[str, float]:
@@ -136,8 +83,8 @@ def epoch(run: Run, network: nn.Module, train: Any, job: Job, number: int) -> di
 
 def _check_finite(total: float, number: int, step: int) -> None:
     if not math.isfinite(total):
-        raise TrainingError(
-            f"the loss is {total} in epoch {number + 1}, by step {step + 1}; lower --rate, or leave --amp out; "
+        raise DivergedError(
+            f"the loss is {total} in epoch {number + 1}, by step {step + 1}; lower the rate, or compute in float32; "
             "the last checkpoint is as it was"
         )
 
@@ -146,7 +93,7 @@ def _check_finite(total: float, number: int, step: int) -> None:
 def accuracy(network: nn.Module, test: Iterable[tuple[Tensor, Tensor]], job: Job) -> tuple[float, float]:
     """Return top-1 and top-5 accuracy on the test images, in per cent."""
     network.eval()
-    hits = torch.zeros(2)
+    hits = torch.zeros(2, dtype=torch.float64)  # in float32 two equal differences would differ
     count = 0
     for images, labels in test:
         with job.autocast():
@@ -166,6 +113,7 @@ def train(options: Options) -> dict[str, Any]:
 
 
 def _train(job: Job) -> dict[str, Any]:
+    _keep_what_is_there(job)
     data = data_of(job.options)
     model = build(job.options, data).to(job.at.device)
     run = fit(model, data, job)
@@ -173,6 +121,17 @@ def _train(job: Job) -> dict[str, Any]:
     if job.at.rank == 0:
         _write(report, model, job.out)
     return report
+
+
+def _keep_what_is_there(job: Job) -> None:
+    """Make sure that no run's epochs are lost to one that was meant to go on, or for another folder."""
+    path = job.out / NAME
+    if job.options.resume or not path.exists():
+        return
+    if done := len(read(path)["history"]):
+        raise TrainingError(
+            f"{path} holds {done} epochs of a run; give --resume to go on with it, or another --out to begin another"
+        )
 
 
 def data_of(options: Options) -> Data:
@@ -196,21 +155,34 @@ def fit(model: nn.Module, data: Data, job: Job) -> Run:
     if options.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     run = Run(model, _optimizer(model, recipe), [], _asked(options, recipe))
-    job.out.mkdir(parents=True, exist_ok=True)
-    if options.resume and (job.out / "checkpoint.pt").exists():
-        run.load(job.out / "checkpoint.pt")
-    elif at.rank == 0:
-        run.save(job.out / "checkpoint.pt")
+    _begin(run, job)
     network = _prepared(model, job)
     for number in range(len(run.history), recipe.epochs):
         _one_epoch(run, network, train_batches, test_batches, job, number)
     return run
 
 
+def _begin(run: Run, job: Job) -> None:
+    """Go on from the folder's checkpoint if that was asked for, else write one."""
+    path = job.out / NAME
+    job.out.mkdir(parents=True, exist_ok=True)
+    if job.options.resume and path.exists():
+        run.load(path)
+    if len(run.history) > job.recipe.epochs:
+        raise TrainingError(
+            f"{path} holds {len(run.history)} epochs, and {job.recipe.epochs} were asked for; ask for as many or more"
+        )
+    run.goes_on(record.origin(job.at))
+    if not run.history and job.at.rank == 0:
+        (job.out / "run.json").unlink(missing_ok=True)
+        run.save(path)
+
+
 def _asked(options: Options, recipe: Recipe) -> dict[str, Any]:
     """Return what must be the same when a run goes on; a run may be longer, unless its end decides the rate."""
     loose = set() if recipe.rise else {"epochs"}
-    return {name: value for name, value in options.deciding().items() if name not in loose}
+    asked = {name: value for name, value in options.deciding().items() if name not in loose}
+    return {**asked, "weights": record.digest(options.weights)}
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
@@ -235,7 +207,7 @@ def _one_epoch(run: Run, network: nn.Module, train_batches: Any, test_batches: A
         entry["top1"], entry["top5"] = accuracy(run.model, test_batches, job)
     run.history.append(entry)
     if job.at.rank == 0:
-        run.save(job.out / "checkpoint.pt")
+        run.save(job.out / NAME)
         if not job.options.quiet:
             print(_line(entry, number, job), flush=True)
 
@@ -253,9 +225,9 @@ def _report(run: Run, job: Job) -> dict[str, Any]:
     return {
         "options": job.options.deciding(),
         "recipe": asdict(job.recipe),
-        "versions": record.versions(),
-        "machine": record.machine(job.at),
-        "commit": record.commit(),
+        "weights": run.asked["weights"],
+        **{name: value for name, value in run.parts[0].items() if name != "epoch"},
+        "later": run.parts[1:],
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "epochs": run.history,
         "top1": run.history[-1]["top1"],
@@ -267,7 +239,7 @@ def _report(run: Run, job: Job) -> dict[str, Any]:
 
 def _write(report: dict[str, Any], model: nn.Module, out: Path) -> None:
     """Write the network first: a run with a report is finished."""
-    with replaced(out / "model.safetensors") as temporary:
+    with written(out / "model.safetensors") as temporary:
         save_file({key: value.cpu().contiguous() for key, value in model.state_dict().items()}, temporary)
-    with replaced(out / "run.json") as temporary:
+    with written(out / "run.json") as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -57,7 +58,10 @@ def _plain(options: Options, data: Data) -> nn.Module:
 
 def _start_from(model: nn.Module, options: Options) -> None:
     assert options.weights is not None
-    state = load_file(options.weights)
+    try:
+        state = load_file(options.weights)
+    except SafetensorError as error:
+        raise ValueError(f"{options.weights} is no whole safetensors file ({error}); make or get it again") from error
     if options.new_head:
         head = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
         fresh = {key: value for key, value in model.state_dict().items() if key.startswith(f"{head}.")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -101,7 +101,21 @@ class Options:
 
 
 # Where things lie, what is said, and what changes no number.
-_PRIVATE = {"data", "cache", "out", "name", "weights", "quiet", "resume", "workers", "test_every"}
+_PRIVATE = {"data", "cache", "out", "name", "weights", "quiet", "resume", "workers", "test_every", "device"}
+
+
+def at_least(lowest: int) -> Callable[[str], int]:
+    """Return a type of argparse: a whole number from `lowest` on."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < lowest:
+            raise argparse.ArgumentTypeError(f"takes {lowest} or more, got {value}")
+        return value
+
+    return number
+
+
+COUNT = at_least(1)
 
 
 def parser(text: str | None) -> argparse.ArgumentParser:
@@ -112,10 +126,10 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     add("--data", help="folder of the data")
     add("--cache", help="folder where CIFAR and Fashion-MNIST are kept as arrays, by default that of the data")
     add("--like", choices=("cifar10",), help="give grey images three channels and a margin, as CIFAR-10 has them")
-    add("--subset", type=int, help="train on so many images, balanced over the classes")
-    add("--size", type=int, help="of the images of an image folder, in pixels")
+    add("--subset", type=COUNT, help="train on so many images, balanced over the classes")
+    add("--size", type=COUNT, help="of the images of an image folder, in pixels")
     add("--model", help=f"{', '.join(CIFAR_MODELS[:3])}, ..., se_resnet20, ..., or timm/NAME")
-    add("--width", type=int, help="channels of the first stage of a CIFAR network")
+    add("--width", type=COUNT, help="channels of the first stage of a CIFAR network")
     add("--shortcut", choices=("A", "B"), help="of a CIFAR network: zero padding, or 1x1 convolutions")
     add("--pretrained", action="store_true", help="timm's weights")
     add("--weights", help="model.safetensors of a plain run to start from")
@@ -128,17 +142,17 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     add("--init", choices=("identity", "unit", "random"), help="random from scratch, else identity")
     add("--stages", nargs="+", help="names or indices, which start at 0: the paper's RegNet(1) is --stages 0")
     add("--recipe", choices=tuple(RECIPES), help="paper, or that of the data set; short: one cycle of 10 epochs")
-    add("--epochs", type=int)
+    add("--epochs", type=COUNT)
     add("--rate", type=float, help="learning rate")
-    add("--batch", type=int, help="of all processes together")
+    add("--batch", type=COUNT, help="of all processes together")
     add("--milestones", type=int, nargs="*", help="epochs after which the rate falls to a tenth")
     add("--seed", type=int)
     add("--amp", action="store_true", help="bfloat16 autocast")
     add("--channels-last", action="store_true")
     add("--compile", action="store_true")
-    add("--workers", type=int)
+    add("--workers", type=at_least(0))
     add("--device", choices=("cpu", "cuda"))
-    add("--test-every", type=int, help="epochs from one look at the test images to the next; the last one is tested")
+    add("--test-every", type=COUNT, help="epochs from one look at the test images to the next; the last one is tested")
     add("--out", help="folder of the run")
     add("--name", help="put before each line about an epoch")
     add("--resume", action="store_true", help="go on from the folder's checkpoint, if there is one")

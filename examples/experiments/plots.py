@@ -13,18 +13,19 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from .tables import Report, Runs, difference
+from .results import Report, Runs
+from .tables import difference
 
 
-def draw(runs: Runs, path: Path, title: str, reference: str) -> None:
-    """Draw an experiment's runs to a PNG file, and beside it to an SVG file."""
+def draw(runs: Runs, path: Path, title: str, reference: str, starts: int = 0) -> None:
+    """Draw an experiment's runs to a PNG file, and beside it to an SVG file; `starts` as for `difference`."""
     figure, (points, differences, curves) = plt.subplots(
         1, 3, figsize=(16, 1.5 + 0.45 * max(6, len(runs))), layout="constrained"
     )
     for place, (name, arm) in enumerate(runs.items()):
         _points(points, place, arm)
         if name != reference and reference in runs:
-            _difference(differences, place, arm, runs[reference])
+            _difference(differences, place, arm, runs[reference], starts)
         _curve(curves, name, arm)
     for axes in (points, differences):
         axes.set_yticks(range(len(runs)), list(runs) if axes is points else [])
@@ -36,8 +37,9 @@ def draw(runs: Runs, path: Path, title: str, reference: str) -> None:
     curves.xaxis.set_major_locator(MaxNLocator(integer=True))
     curves.legend(fontsize="small")
     figure.savefig(path, dpi=100)
-    # Without a date: the same runs are the same file.
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    # Without a date, and with names that are no random numbers: the same runs are the same file.
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     plt.close(figure)
 
 
@@ -47,11 +49,11 @@ def _points(axes: Axes, place: int, arm: Sequence[Report]) -> None:
     axes.plot([statistics.mean(values)], [place], "k|", markersize=18)
 
 
-def _difference(axes: Axes, place: int, arm: Sequence[Report], reference: Sequence[Report]) -> None:
+def _difference(axes: Axes, place: int, arm: Sequence[Report], reference: Sequence[Report], starts: int) -> None:
     for one in arm:
         if pair := difference([one], reference):
             axes.plot([pair.mean], [place], "o", color="C0", alpha=0.5)
-    whole = difference(arm, reference)
+    whole = difference(arm, reference, starts)
     if whole and whole.low is not None and whole.high is not None:
         axes.errorbar([whole.mean], [place], xerr=(whole.high - whole.low) / 2, fmt="k|", capsize=4)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import resource
 import subprocess
@@ -18,9 +19,19 @@ from regulate.tools.machine import processor
 from .place import Place
 
 
+def origin(at: Place) -> dict[str, Any]:
+    """Return what computes the next epochs: commit, versions and machine. To be asked before they run."""
+    return {"commit": commit(), "versions": versions(), "machine": machine(at)}
+
+
+def digest(path: str | None) -> str | None:
+    """Return the SHA-256 of a file, None for none."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
+
+
 def versions() -> dict[str, str]:
     """Return the versions of what decides numbers."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "regulate": regulate.__version__}
+    found = {"python": platform.python_version(), "torch": str(torch.__version__), "regulate": regulate.__version__}
     return found | {name: metadata.version(name) for name in ("timm", "torchvision") if name in sys.modules}
 
 

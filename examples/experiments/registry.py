@@ -45,6 +45,11 @@ class Experiment:
     seeds: int
     references: tuple[str, ...] = ("plain",)
 
+    @property
+    def starts(self) -> int:
+        """How many networks all seeds start from; 0 if each seed has its own."""
+        return max(arm.start_seeds for arm in self.arms)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -63,6 +68,16 @@ class Job:
     def key(self) -> str:
         """The path of its files, without ending, in a folder of results."""
         return path_of(f"{self.experiment.name}/{self.arm.name}", self.seed)
+
+    @property
+    def failed_key(self) -> str:
+        """The same of the file that says that it diverged."""
+        return f"{self.key}.failed"
+
+    @property
+    def options(self) -> Options:
+        """The options of the run, but for where things lie."""
+        return replace(self.arm.options, seed=self.seed)
 
     @property
     def start_key(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import multiprocessing
 import shutil
@@ -14,15 +13,16 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 
-import regulate
-from regulate.checkpoint.archive import replaced
-
-from .loop import train
+from .checkpoint import written
+from .loop import DivergedError, train
+from .messages import EXPECTED, one_line
 from .options import Options
 from .registry import Job
+from .results import read_run
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,17 @@ class Folders:
         """Return the file that says that a job is done."""
         return self.results / f"{job.key}.json"
 
+    def failure(self, job: Job) -> Path:
+        """Return the file that says that a job diverged."""
+        return self.results / f"{job.failed_key}.json"
+
     def start(self, job: Job) -> Path | None:
         """Return the network that a job starts from, or None."""
         return self.results / f"{job.start_key}.safetensors" if job.start_key else None
 
 
 def run_all(jobs: Iterable[Job], folders: Folders, at_a_time: int = 1, device: str | None = None) -> list[Job]:
-    """Run what has no result yet.
+    """Run what has no result yet; a run that diverged has one.
 
     Args:
         jobs: in the order in which they are begun; one that starts from another's network comes after it.
@@ -62,7 +66,7 @@ def run_all(jobs: Iterable[Job], folders: Folders, at_a_time: int = 1, device: s
     Returns:
         The jobs that are still without a result: they failed, or what they start from is missing.
     """
-    waiting = [job for job in jobs if not folders.result(job).exists()]
+    waiting = [job for job in jobs if not read_run(job, folders.results) and not folders.failure(job).exists()]
     running: dict[SpawnProcess, Job] = {}
     failed: list[Job] = []
     try:
@@ -97,11 +101,14 @@ def _work(job: Job, folders: Folders, device: str | None) -> None:
     torch.set_num_threads(1)
     try:
         with _alone(folders.work / job.key):
-            run(job, folders, device)
+            if not folders.result(job).exists():  # another runner may have finished it meanwhile
+                run(job, folders, device)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (regulate.RegulateError, ValueError, RuntimeError, OSError) as error:
-        print(f"{job.name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    except EXPECTED as error:
+        if isinstance(error, DivergedError):
+            _put(folders.failure(job), _head(job) | {"error": str(error).partition(";")[0]})
+        print(f"{job.name}: {one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -121,8 +128,7 @@ def options_of(job: Job, folders: Folders, device: str | None = None) -> Options
     """Return the options of a job's run."""
     start = folders.start(job)
     return replace(
-        job.arm.options,
-        seed=job.seed,
+        job.options,
         data=folders.data,
         cache=folders.cache,
         weights=str(start) if start else None,
@@ -135,16 +141,25 @@ def options_of(job: Job, folders: Folders, device: str | None = None) -> Options
 
 def run(job: Job, folders: Folders, device: str | None = None) -> None:
     """Train, and put the result into the folder of results."""
-    start = folders.start(job)
     options = options_of(job, folders, device)
     report = train(options)
-    report = {"experiment": job.experiment.name, "arm": job.arm.name, "seed": job.seed, **report}
-    if start:
-        report["start"] = {"network": job.start_key, "sha256": hashlib.sha256(start.read_bytes()).hexdigest()}
     done = folders.result(job)
+    if done.exists():
+        raise RuntimeError(f"{done} was made by another runner meanwhile, and stays; this one's is in {options.out}")
+    if job.start_key:
+        report["start"] = {"network": job.start_key, "sha256": report["weights"]}
     done.parent.mkdir(parents=True, exist_ok=True)
     if job.arm.kept:
-        with replaced(done.with_suffix(".safetensors")) as temporary:
+        with written(done.with_suffix(".safetensors")) as temporary:
             shutil.copyfile(Path(options.out) / "model.safetensors", temporary)
-    with replaced(done) as temporary:
+    _put(done, _head(job) | report)
+
+
+def _head(job: Job) -> dict[str, Any]:
+    return {"experiment": job.experiment.name, "arm": job.arm.name, "seed": job.seed}
+
+
+def _put(path: Path, report: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written(path) as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n")

@@ -65,7 +65,7 @@ def _mapped(file: Path) -> NDArray[np.uint8]:
     """Copy-on-write: processes share the pages, and torch takes the array for writable."""
     try:
         array: NDArray[np.uint8] = np.load(file, mmap_mode="c")
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise DataError(f"{file} is no whole array ({error}); delete it, it is made anew") from error
     return array
 

@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from scipy import stats
 
-from .registry import Experiment, path_of
-
-Report = Mapping[str, Any]
-Runs = Mapping[str, Sequence[Report]]
-
-
-def read_runs(experiment: Experiment, results: Path) -> dict[str, list[Report]]:
-    """Return the finished runs of each arm that has one, by seed.
-
-    Raises:
-        ValueError: a file is of another run than its name says.
-    """
-    found: dict[str, list[Report]] = {}
-    for arm in experiment.arms:
-        for seed in range(experiment.seeds):
-            path = results / f"{path_of(f'{experiment.name}/{arm.name}', seed)}.json"
-            if path.exists():
-                report = json.loads(path.read_text())
-                if (report["experiment"], report["arm"], report["seed"]) != (experiment.name, arm.name, seed):
-                    raise ValueError(f"{path} is of another run; delete it and run the experiment again")
-                found.setdefault(arm.name, []).append(report)
-    return found
+from .registry import Experiment
+from .results import Report, Runs, failures, read_runs, seed_of
 
 
 @dataclass(frozen=True)
@@ -46,6 +24,7 @@ class Difference:
         p: of the paired t-test, two-sided.
         better: how many seeds are above the reference.
         pairs: how many seeds both have.
+        starts: how many networks they started from, if there are fewer; mean and interval are then of these.
     """
 
     mean: float
@@ -54,33 +33,40 @@ class Difference:
     p: float | None
     better: int
     pairs: int
+    starts: int = 0
 
     def __str__(self) -> str:
         interval = "" if self.low is None else f" ({self.low:+.2f} to {self.high:+.2f})"
         return f"{self.mean:+.2f}{interval}"
 
 
-def difference(runs: Sequence[Report], reference: Sequence[Report]) -> Difference | None:
-    """Return the paired difference over the seeds that both have; None if there are none."""
+def difference(runs: Sequence[Report], reference: Sequence[Report], starts: int = 0) -> Difference | None:
+    """Return the paired difference over the seeds that both have; None if there are none.
+
+    Args:
+        runs: of an arm.
+        reference: of the arm to subtract.
+        starts: how many networks the seeds start from in turn, 0 if each has its own. Seeds of one start are no
+            independent trials: their mean is one.
+    """
     values, base = ({seed_of(one): one["top1"] for one in part} for part in (runs, reference))
-    pairs = [values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())]
+    # Accuracies of float32 differ in digits that no number of images has; equal differences must be equal.
+    pairs = {seed: round(values[seed] - base[seed], 4) for seed in sorted(values.keys() & base.keys())}
     if not pairs:
         return None
-    mean, better = statistics.mean(pairs), sum(pair > 0 for pair in pairs)
-    if len(pairs) < 2 or len(set(pairs)) == 1:
-        return Difference(mean, None, None, None, better, len(pairs))
-    reach = float(stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(pairs))
-    p = float(stats.ttest_1samp(pairs, 0).pvalue)
-    return Difference(mean, mean - reach, mean + reach, p, better, len(pairs))
+    own = {start: [pair for seed, pair in pairs.items() if seed % starts == start] for start in range(starts)}
+    trials = [statistics.mean(part) for part in own.values() if part] if starts else list(pairs.values())
+    mean, counts = statistics.mean(trials), (sum(pair > 0 for pair in pairs.values()), len(pairs), starts)
+    if len(trials) < 2 or len(set(trials)) == 1:
+        return Difference(mean, None, None, None, *counts)
+    reach = float(stats.t.ppf(0.975, len(trials) - 1) * stats.sem(trials))
+    p = float(stats.ttest_1samp(trials, 0).pvalue)
+    return Difference(mean, mean - reach, mean + reach, p, *counts)
 
 
-def seed_of(report: Report) -> int:
-    """Return the seed of a run."""
-    return int(report["options"]["seed"])
-
-
-def table(runs: Runs, references: Sequence[str] = ("plain",)) -> str:
-    """Return a table in Markdown, one line an arm."""
+def table(runs: Runs, references: Sequence[str] = ("plain",), starts: int = 0) -> str:
+    """Return a table in Markdown, one line an arm; `starts` as for `difference`."""
+    seeds = sorted({seed_of(one) for arm in runs.values() for one in arm})
     present = [name for name in references if name in runs]
     head = ["network", "parameters", "top-1 (%), mean ± s.d.", "seconds"]
     for name in present:
@@ -90,8 +76,9 @@ def table(runs: Runs, references: Sequence[str] = ("plain",)) -> str:
         values = [one["top1"] for one in arm]
         cells = [name, f"{arm[0]['parameters']:,}", _mean_and_spread(values), f"{_seconds(arm):,.0f}"]
         for reference in present:
-            cells += _beside(arm, runs[reference]) if name != reference else ["", "", ""]
-        lines.append(_row([*cells, ", ".join(f"{value:.2f}" for value in values)]))
+            cells += _beside(arm, runs[reference], starts) if name != reference else ["", "", ""]
+        by_seed = {seed_of(one): f"{one['top1']:.2f}" for one in arm}
+        lines.append(_row([*cells, ", ".join(by_seed.get(seed, "-") for seed in seeds)]))
     return "\n".join(lines)
 
 
@@ -110,8 +97,8 @@ def _seconds(arm: Sequence[Report]) -> float:
     return statistics.mean(one.get(kind, one["seconds"]) for one in arm)
 
 
-def _beside(arm: Sequence[Report], reference: Sequence[Report]) -> list[str]:
-    found = difference(arm, reference)
+def _beside(arm: Sequence[Report], reference: Sequence[Report], starts: int) -> list[str]:
+    found = difference(arm, reference, starts)
     if found is None:
         return ["", "", ""]
     return [str(found), "" if found.p is None else f"{found.p:.3f}", f"{found.better} of {found.pairs}"]
@@ -130,7 +117,16 @@ def block(experiment: Experiment, results: Path) -> str:
     if runs:
         count = comparisons(runs, experiment.references)
         lines[0] += f" {count} comparisons; p is not corrected for their number."
-        lines += ["", table(runs, experiment.references), "", f"![every run]({experiment.name}/plot.png)"]
+        if experiment.starts:
+            lines[0] += f" Interval and p are of the means of seeds with the same start, {experiment.starts} at most."
+        lines += [
+            "",
+            table(runs, experiment.references, experiment.starts),
+            "",
+            f"![every run]({experiment.name}/plot.png)",
+        ]
+    if failed := failures(experiment, results):
+        lines += ["", f"Failed: {'; '.join(failed)}."]
     return "\n".join(lines)
 
 

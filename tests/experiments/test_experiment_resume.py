@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import resource
 import signal
@@ -12,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torchvision.datasets import CIFAR10
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import train
-from experiments import batches, data, loop, networks
+from experiments import batches, checkpoint, data, loop, networks, record
 from experiments.options import Options
 
 from .runs import HERE, ROOT, TINY, cifar_files, figures, run
@@ -39,7 +41,7 @@ def test_a_resumed_run_repeats_the_augmentation(tmp_path, fake_cifar):
     common += ["--batch", "32", "--epochs", "2"]
     whole = run(tmp_path / "whole", *common)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Run, "save", stops_after_one_epoch)
+        patch.setattr(checkpoint.Run, "save", stops_after_one_epoch)
         assert train.main([*TINY, "--out", str(tmp_path / "parts"), *common]) == 130
     torch.rand(7)
     parts = run(tmp_path / "parts", *common, "--resume")
@@ -47,7 +49,7 @@ def test_a_resumed_run_repeats_the_augmentation(tmp_path, fake_cifar):
     assert same_network(tmp_path / "whole", tmp_path / "parts")
 
 
-def stops_after_one_epoch(self, path, save=loop.Run.save):
+def stops_after_one_epoch(self, path, save=checkpoint.Run.save):
     save(self, path)
     if self.history:
         raise KeyboardInterrupt
@@ -69,7 +71,7 @@ def test_every_epoch_has_an_order_of_its_own():
     assert order(0) == order(0) != order(1)
     assert sorted(order(1)) == list(range(64))
     model = networks.build(options, data.load("digits"))
-    state = loop.Run(model, torch.optim.SGD(model.parameters(), 0.1), [], {})
+    state = checkpoint.Run(model, torch.optim.SGD(model.parameters(), 0.1), [], {})
     loop.epoch(state, model, made, loop.Job(options, options.plan(), HERE, Path()), 4)
     assert made.epoch == 4
 
@@ -127,3 +129,59 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
     assert "checkpoint.pt cannot be written" in done.stderr
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "model.safetensors", "run.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip at all", None])
+def test_a_damaged_checkpoint_is_one_line(content, tmp_path, capsys):
+    run(tmp_path, "--epochs", "1")
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:5000] if content is None else content)
+    for options in ((), ("--resume",)):
+        assert train.main([*TINY, "--out", str(tmp_path), "--epochs", "2", *options]) == 2
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1
+        assert f"{path} is no whole checkpoint" in said and "delete it" in said
+
+
+def test_a_run_that_is_there_is_not_begun_anew(tmp_path, capsys):
+    run(tmp_path, "--epochs", "2")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert train.main([*TINY, "--out", str(tmp_path), "--epochs", "2", "--seed", "7"]) == 2
+    assert "holds 2 epochs of a run; give --resume" in capsys.readouterr().err
+    assert train.main([*TINY, "--out", str(tmp_path), "--epochs", "1", "--resume"]) == 2
+    assert "holds 2 epochs, and 1 were asked for" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_a_run_goes_on_with_is_noted(tmp_path, monkeypatch):
+    for epochs, commit in ((1, "a"), (2, "b"), (3, "b")):
+        monkeypatch.setattr(record, "commit", lambda commit=commit: commit)
+        report = run(tmp_path, "--epochs", str(epochs), "--resume")
+    assert report["commit"] == "a"
+    assert [(part["epoch"], part["commit"]) for part in report["later"]] == [(1, "b")]
+    assert report["later"][0]["machine"] == report["machine"]
+
+
+def test_a_start_that_was_exchanged_is_refused(tmp_path, capsys):
+    for seed in ("0", "1"):
+        run(tmp_path / seed, "--epochs", "1", "--seed", seed)
+    start = tmp_path / "0" / "model.safetensors"
+    report = run(tmp_path / "run", "--epochs", "1", "--weights", str(start))
+    assert report["weights"] == hashlib.sha256(start.read_bytes()).hexdigest()
+    for weights in ((), ("--weights", str(tmp_path / "1" / "model.safetensors"))):
+        assert train.main([*TINY, "--out", str(tmp_path / "run"), "--epochs", "2", "--resume", *weights]) == 2
+        assert "a run with other weights" in capsys.readouterr().err
+    start.write_bytes(start.read_bytes()[:100])
+    assert train.main([*TINY, "--out", str(tmp_path / "new"), "--epochs", "1", "--weights", str(start)]) == 2
+    assert "no whole safetensors file" in capsys.readouterr().err
+
+
+def test_a_full_disk_at_the_network_is_one_line(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(loop, "save_file", full)
+    assert train.main([*TINY, "--out", str(tmp_path), "--epochs", "1"]) == 2
+    assert "model.safetensors cannot be written (I/O error: No space left" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert len(run(tmp_path, "--epochs", "1", "--resume")["epochs"]) == 1

@@ -176,10 +176,15 @@ def says(capsys, *arguments):
         (["--subset", "10"], "smaller --batch"),
         (["--weights", "nosuch.pt"], "nosuch.pt"),
         (["--rate", "1e9", "--subset", "64"], "the loss is"),
+        (["--subset", "-8"], "takes 1 or more, got -8"),
+        (["--epochs", "0"], "takes 1 or more"),
+        (["--batch", "0"], "takes 1 or more"),
+        (["--test-every", "0"], "takes 1 or more"),
+        (["--workers", "-1"], "takes 0 or more"),
     ],
 )
 def test_errors_are_one_line(arguments, word, capsys, tmp_path):
-    assert word in says(capsys, *arguments, "--epochs", "3", "--out", str(tmp_path))
+    assert word in says(capsys, "--epochs", "3", "--out", str(tmp_path), *arguments)
 
 
 def test_subsets_are_balanced_and_seeded():

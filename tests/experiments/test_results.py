@@ -14,10 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import bench_ablations
 import bench_limits
 import bench_suite
-from experiments import tables
-from experiments.options import Options
+from experiments import results, tables
 from experiments.registry import EXPERIMENTS, jobs
-from experiments.runner import Folders, options_of
 
 pytestmark = pytest.mark.slow
 
@@ -31,22 +29,23 @@ DIGITS = ("scratch", "upgrade", "positions", "kernels")
 @pytest.mark.parametrize("name", REGISTERED)
 def test_the_tables_are_made_from_the_runs(name):
     assert tables.renewed(PAGE, EXPERIMENTS[name], RESULTS) == PAGE
-    runs = tables.read_runs(EXPERIMENTS[name], RESULTS)
+    runs = results.read_runs(EXPERIMENTS[name], RESULTS)
     assert not runs or (RESULTS / name / "plot.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("name", REGISTERED)
-def test_every_run_is_one_that_was_registered(name):
-    folders = Folders(Path(), RESULTS)
-    expected = {folders.result(job): job for job in jobs([EXPERIMENTS[name]])}
-    for path in (RESULTS / name).glob("*.json"):
-        report = json.loads(path.read_text())
-        asked = json.loads(json.dumps(options_of(expected[path], folders).deciding()))
-        later = json.loads(json.dumps(Options().deciding()))  # options that are younger than the run
-        assert {**later, **report["options"]} == asked, path
-        assert len(report["epochs"]) == report["recipe"]["epochs"]
-        assert report["top1"] == report["epochs"][-1]["top1"]
-        assert re.fullmatch("[0-9a-f]{12}", report["commit"]), "the code of a run is a commit"
+def test_every_run_is_whole_and_one_that_was_registered(name):
+    expected = {RESULTS / f"{key}.json" for job in jobs([EXPERIMENTS[name]]) for key in (job.key, job.failed_key)}
+    assert set((RESULTS / name).glob("*.json")) <= expected
+    commits = {}
+    for runs in results.read_runs(EXPERIMENTS[name], RESULTS).values():
+        for report in runs:
+            assert len(report["epochs"]) == report["recipe"]["epochs"]
+            assert report["top1"] == report["epochs"][-1]["top1"]
+            assert re.fullmatch("[0-9a-f]{12}", report["commit"]), "the code of a run is a commit"
+            parts = [report["commit"], *(part["commit"] for part in report.get("later", []))]
+            commits.setdefault(report["seed"], set()).update(parts)
+    assert all(len(found) == 1 for found in commits.values()), "all arms of one seed are compared on the same code"
 
 
 @pytest.mark.parametrize("experiment", DIGITS)
