@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -50,6 +51,10 @@ def test_finished_seeds_are_told_and_the_others_go_on(error, code, tmp_path, mon
     assert [one["seed"] for one in figures(tmp_path / "parts")] == [0]
     monkeypatch.undo()
     assert demo(monkeypatch, tmp_path / "parts", "--resume") == 0
+    assert re.findall(r"^.*(seed \d, \w+): epoch", capsys.readouterr().out, re.MULTILINE) == [
+        "seed 1, regulated",
+        "seed 1, plain",
+    ]
     assert figures(tmp_path / "parts") == figures(tmp_path / "whole")
 
 

@@ -153,6 +153,14 @@ def test_a_run_that_is_there_is_not_begun_anew(tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_report_is_of_the_run_that_is_there(tmp_path, monkeypatch):
+    run(tmp_path, "--epochs", "1")
+    (tmp_path / "checkpoint.pt").unlink()
+    monkeypatch.setattr(loop, "_one_epoch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert train.main([*TINY, "--out", str(tmp_path), "--epochs", "1", "--seed", "1"]) == 130
+    assert not (tmp_path / "run.json").exists()
+
+
 def test_what_a_run_goes_on_with_is_noted(tmp_path, monkeypatch):
     for epochs, commit in ((1, "a"), (2, "b"), (3, "b")):
         monkeypatch.setattr(record, "commit", lambda commit=commit: commit)
