@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._compat import autograd, compiler
 from .cpu import library
 from .cuda import gpu
+from .memory import PLAIN, has_memory
 from .spans import Spans, repeated_node
 
 CHOICES = ("auto", "native", "triton", "aten", "reference")
@@ -123,7 +124,8 @@ def choose(cell: str, x: Tensor, state: tuple[Tensor, ...] | None, weights: Sequ
         return None
     compiling = torch.compiler.is_compiling()
     # First what is being traced: its shapes are not to be looked at. What is exported must run without this package.
-    if (compiler.is_exporting() if compiling else _transformed()) or not _fitting(cell, x, state, weights, gates):
+    unknown = compiler.is_exporting() if compiling else _transformed() or not has_memory(*tensors)
+    if unknown or not _fitting(cell, x, state, weights, gates):
         return None
     device = x.device.type
     mixed = torch.is_autocast_enabled(device) if device in ("cpu", "cuda") else False
@@ -149,6 +151,7 @@ def eager_on_cpu(*tensors: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not _transformed()
         and not dispatched()
+        and has_memory(*tensors)
     )
 
 
@@ -161,14 +164,12 @@ def native_here(*tensors: Tensor) -> bool:
 
 def _plain(tensors: Sequence[Tensor]) -> bool:
     """No subclass: quantized weights, fake and distributed tensors and tracers have ways of their own."""
-    return all(type(t) in (Tensor, nn.Parameter) for t in tensors) and all(
-        t.is_floating_point() and t.device == tensors[0].device for t in tensors
-    )
+    return all(type(t) in PLAIN and t.is_floating_point() and t.device == tensors[0].device for t in tensors)
 
 
 def _fitting(cell: str, x: Tensor, state: tuple[Tensor, ...] | None, weights: Sequence[Tensor], gates: int) -> bool:
     """Return the shapes that the kernels count on; anything else is for torch to broadcast or to refuse."""
-    if x.dim() != 4 or (state is not None and len(state) != (2 if cell == "lstm" else 1)):
+    if x.dim() != 4 or 0 in x.shape[2:] or (state is not None and len(state) != (2 if cell == "lstm" else 1)):
         return False
     rows = gates * x.shape[1]
     total = [sum(part.shape[0] for part in weights[kind::3]) for kind in range(3)]

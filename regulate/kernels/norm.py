@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .choose import native_here
 from .cpu.library import call, channels_last, chunks
+from .memory import has_memory
 
 
 def norm_relu(norm: nn.BatchNorm2d, x: Tensor, unfused: Tensor | None = None) -> Tensor | None:
@@ -33,7 +34,8 @@ def norm_relu(norm: nn.BatchNorm2d, x: Tensor, unfused: Tensor | None = None) ->
         return None
     mean, variance = norm.running_mean, norm.running_var
     moments = () if mean is None or variance is None else (mean, variance)
-    if not norm.affine or (moments and not norm.training):
+    # What is wrong with an epsilon is for torch to say, which takes integers and tensors for one, too.
+    if not norm.affine or (moments and not norm.training) or not norm.eps > 0:
         return None
     if not _readable(x, norm.weight, norm.bias, *moments) or not _beside(x, unfused):
         return None
@@ -63,7 +65,7 @@ def _as(x: Tensor, other: Tensor | None) -> Tensor | None:
 
 
 def _in_training(norm: nn.BatchNorm2d, x: Tensor, unfused: Tensor | None) -> Tensor:
-    y, stats = _NormReLU.apply(x, norm.weight, norm.bias, norm.eps, unfused)  # type: ignore[no-untyped-call]
+    y, stats = _NormReLU.apply(x, norm.weight, norm.bias, float(norm.eps), unfused)  # type: ignore[no-untyped-call]
     move(norm, stats)
     return y  # type: ignore[no-any-return]
 
@@ -97,11 +99,13 @@ class _NormReLU(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, stats, unfused = ctx.saved_tensors
         of_unfused = dy.masked_fill(unfused >= 0, 0) if unfused is not None and ctx.needs_input_grad[4] else None
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not has_memory(dy):
             return *_differentiable(x, weight, bias, ctx.eps, dy), None, of_unfused
         # Hooks of saved tensors, such as those that offload them, may bring them back in other strides.
         x, weight, bias, stats = _dense(x), weight.contiguous(), bias.contiguous(), stats.contiguous()
         dy = dy.contiguous(memory_format=torch.channels_last if channels_last(x) else torch.contiguous_format)
+        if dy.shape != x.shape or stats.shape != (3, *x.shape[1:2]) or {weight.shape, bias.shape} != {x.shape[1:2]}:
+            raise RuntimeError("the maps or weights of a norm were exchanged for others before its backward pass ran")
         dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
         _call("regulate_norm_relu_backward", x, x, dy, weight, bias, stats, dx, dweight, dbias)
         return dx, dweight, dbias, None, of_unfused

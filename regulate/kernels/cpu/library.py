@@ -10,8 +10,10 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from ..memory import has_memory
 from . import build, cache, shipped
 
 _FUNCTIONS = (
@@ -48,7 +50,17 @@ def _passed(argument: int | float | list[int] | Tensor | None) -> object:
         return ctypes.c_double(argument)
     if isinstance(argument, list):
         return (ctypes.c_int64 * len(argument))(*argument)
-    return ctypes.c_void_p(None if argument is None else argument.data_ptr())
+    return ctypes.c_void_p(None if argument is None else _address(argument))
+
+
+def _address(tensor: Tensor) -> int:
+    """Return where a tensor's numbers lie. The library sees addresses alone, no types."""
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not has_memory(tensor):
+        raise TypeError(
+            "the native kernels read plain float32 tensors in memory of the CPU; got a "
+            f"{type(tensor).__name__} of {tensor.dtype} on {tensor.device}: choose another form with kernels.use(...)"
+        )
+    return tensor.data_ptr()
 
 
 def chunks(x: Tensor) -> int:

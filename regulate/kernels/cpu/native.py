@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..reference import GATES
 from .library import call, channels_last, chunks
 
 _CELLS = {"rnn": 0, "gru": 1, "lstm": 2}
@@ -63,5 +64,12 @@ def backward(
 
 
 def _step(name: str, cell: str, x: Tensor, parts: int, *tensors: Tensor | None) -> None:
+    rows = GATES[cell] * x.shape[1]
+    weights, maps = ([t for t in part if t is not None and t.numel()] for part in (tensors[:3], tensors[3:8]))
+    if (rows and [w.numel() for w in weights] != [2 * rows, 9 * rows, rows]) or any(t.shape != x.shape for t in maps):
+        raise RuntimeError(
+            f"a step of {cell} over {tuple(x.shape)} has maps of that shape and weights of {rows} rows; got others: "
+            f"{[tuple(t.shape) for t in (*maps, *weights)]}; leave them as they are until the backward pass has run"
+        )
     sizes = [*x.shape, int(channels_last(x))]
     call(name, _CELLS[cell], sizes, parts, torch.get_num_threads(), *tensors)

@@ -116,7 +116,7 @@ struct Sigmoid {
     p = p * e.r + 0.240222424f;
     p = p * e.r + 0.693147004f;
     p = p * e.r + 1.0f;
-    return 1.0f / (1.0f + (vec)((ivec)p + e.n));
+    return 1.0f / (1.0f + p * (vec)(e.n + 0x3F800000));  // not added to p's bits: a NaN must stay one
   }
 };
 
