@@ -151,9 +151,9 @@ def test_saved_tensors_of_another_type_are_an_error(name):
         out.sum().backward()
 
 
-def operator(cell="lstm", dtype=torch.float32, h=(2, 3, 5, 7), rows=12):
+def operator(cell="lstm", dtype=torch.float32, h=(2, 3, 5, 7), rows=12, x=MAP):
     weights = (torch.zeros(rows, 2, 1, 1), torch.zeros(rows, 1, 3, 3), torch.zeros(rows))
-    maps = (MAP, torch.zeros(h), None)
+    maps = (x, None if h is None else torch.zeros(h), None)
     given = [None if t is None else t.to(dtype) for t in (*maps, *weights)]
     return torch.ops.regulate.light_step(cell, *given, dtype)
 
@@ -172,6 +172,11 @@ def test_the_operator_by_itself_checks_what_it_is_given(options, error):
     assert operator()[0].shape == MAP.shape
     with pytest.raises(error, match=r"plain float32 tensors|has maps of that shape"):
         operator(**options)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 0, 5), (2, 3, 5, 0)])
+def test_the_operator_by_itself_takes_images_without_pixels(shape):
+    assert operator(x=torch.zeros(shape), h=None)[0].shape == shape
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -86,7 +86,8 @@ struct Window {
   // An empty place is zeros: what is added up there must add nothing.
   void in(const float* map, float* scratch) const {
     const Window w = *this;
-    if (!map || w.count < w.plane.stack) std::memset(scratch + w.plane.begin, 0, 4 * (w.plane.end - w.plane.begin));
+    const int64_t floats = w.plane.end - w.plane.begin;  // none, and less, in an image of height 0
+    if (floats > 0 && (!map || w.count < w.plane.stack)) std::memset(scratch + w.plane.begin, 0, 4 * floats);
     if (!map) return;
     if (w.shape.last) w.rows(w.count, [&](int64_t from, int64_t at, int64_t) { w.pixels_in(map + from, scratch + at); });
     else w.rows(w.count, [&](int64_t from, int64_t at, int64_t left) {
