@@ -48,6 +48,20 @@ def test_every_run_is_whole_and_one_that_was_registered(name):
     assert all(len(found) == 1 for found in commits.values()), "all arms of one seed are compared on the same code"
 
 
+@pytest.mark.parametrize("page", [PAGE.partition("## Registered")[0], (ROOT / "README.md").read_text()])
+def test_the_sentences_are_those_of_the_tables(page):
+    runs = results.read_runs(EXPERIMENTS["scratch"], RESULTS)
+    plain, lstm = runs["plain"], runs["lstm, random"]
+    found = tables.difference(lstm, plain)
+    assert len(plain) == len(lstm) == found.pairs == 3
+    flat = " ".join(page.split())
+    assert f"{found.mean:+.2f} points from" in flat and f"{found.low:+.2f} to {found.high:+.2f}" in flat
+    assert ("no more than chance" in flat) == (found.low < 0 < found.high)
+    assert f"{tables._seconds(lstm) / tables._seconds(plain):.1f} times" in flat
+    if "more parameters" in flat:
+        assert f"{100 * lstm[0]['parameters'] / plain[0]['parameters'] - 100:.0f} % more parameters" in flat
+
+
 @pytest.mark.parametrize("experiment", DIGITS)
 def test_the_tables_of_the_digits_are_made_from_the_runs(experiment):
     folder = RESULTS / "digits" / experiment
