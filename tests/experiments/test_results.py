@@ -62,6 +62,14 @@ def test_the_sentences_are_those_of_the_tables(page):
         assert f"{100 * lstm[0]['parameters'] / plain[0]['parameters'] - 100:.0f} % more parameters" in flat
 
 
+@pytest.mark.parametrize(("name", "arm"), [("scratch", "lstm, identity"), ("transfer-1000", "lstm")])
+def test_the_other_sentences_are_too(name, arm):
+    runs = results.read_runs(EXPERIMENTS[name], RESULTS)
+    found = tables.difference(runs[arm], runs["plain"], EXPERIMENTS[name].starts)
+    assert found.pairs >= 3 and found.low < 0 < found.high
+    assert str(found) in " ".join(PAGE.partition("## Registered")[0].split())
+
+
 @pytest.mark.parametrize("experiment", DIGITS)
 def test_the_tables_of_the_digits_are_made_from_the_runs(experiment):
     folder = RESULTS / "digits" / experiment
