@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .memory import has_memory
+from .addresses import has_address
 from .reference import differentiable
 
 Maybe = Tensor | None
@@ -120,7 +120,7 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, dh: Maybe, dc: Maybe = None) -> tuple[Maybe, ...]:
         x, h, c, mix, weight, bias, new_c, *gates = ctx.saved_tensors
         dh = torch.zeros_like(x) if dh is None else dh
-        if torch.is_grad_enabled() or not has_memory(dh, dc):
+        if torch.is_grad_enabled() or not has_address(dh, dc):
             return None, *differentiable(ctx.cell, (x, h, c, mix, weight, bias), (dh, dc))
         weights = (mix, weight, bias)
         dx, dh_old = torch.zeros_like(x), torch.zeros_like(x)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .._compat import autograd, compiler
+from .addresses import PLAIN, has_address
 from .cpu import library
 from .cuda import gpu
-from .memory import PLAIN, has_memory
 from .spans import Spans, repeated_node
 
 CHOICES = ("auto", "native", "triton", "aten", "reference")
@@ -124,7 +124,7 @@ def choose(cell: str, x: Tensor, state: tuple[Tensor, ...] | None, weights: Sequ
         return None
     compiling = torch.compiler.is_compiling()
     # First what is being traced: its shapes are not to be looked at. What is exported must run without this package.
-    unknown = compiler.is_exporting() if compiling else _transformed() or not has_memory(*tensors)
+    unknown = compiler.is_exporting() if compiling else _transformed() or not has_address(*tensors)
     if unknown or not _fitting(cell, x, state, weights, gates):
         return None
     device = x.device.type
@@ -151,7 +151,7 @@ def eager_on_cpu(*tensors: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not _transformed()
         and not dispatched()
-        and has_memory(*tensors)
+        and has_address(*tensors)
     )
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .addresses import has_address
 from .cpu import native
-from .memory import has_memory
 from .reference import differentiable
 
 Maybe = Tensor | None
@@ -75,7 +75,7 @@ def gradients(ctx: Any, run: Callable[..., Sequence[Maybe]], dh: Maybe, dc: Mayb
     x, h, c, mix, weight, bias, new_h = ctx.saved_tensors
     dh = torch.zeros_like(x) if dh is None else dh
     dc = dc if ctx.cell == "lstm" else None
-    if torch.is_grad_enabled() or (run is backward and not has_memory(dh, dc)):
+    if torch.is_grad_enabled() or (run is backward and not has_address(dh, dc)):
         found: Sequence[Maybe] = differentiable(ctx.cell, (x, h, c, mix, weight, bias), (dh, dc))
     else:
         found = run(ctx.cell, x, h, c, mix, weight, bias, new_h, dh, dc)

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .addresses import has_address
 from .choose import native_here
 from .cpu.library import call, channels_last, chunks
-from .memory import has_memory
 
 
 def norm_relu(norm: nn.BatchNorm2d, x: Tensor, unfused: Tensor | None = None) -> Tensor | None:
@@ -99,7 +99,7 @@ class _NormReLU(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, stats, unfused = ctx.saved_tensors
         of_unfused = dy.masked_fill(unfused >= 0, 0) if unfused is not None and ctx.needs_input_grad[4] else None
-        if torch.is_grad_enabled() or not has_memory(dy):
+        if torch.is_grad_enabled() or not has_address(dy):
             return *_differentiable(x, weight, bias, ctx.eps, dy), None, of_unfused
         # Hooks of saved tensors, such as those that offload them, may bring them back in other strides.
         x, weight, bias, stats = _dense(x), weight.contiguous(), bias.contiguous(), stats.contiguous()

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..memory import has_memory
+from ..addresses import has_address
 from . import build, cache, shipped
 
 _FUNCTIONS = (
@@ -55,7 +55,7 @@ def _passed(argument: int | float | list[int] | Tensor | None) -> object:
 
 def _address(tensor: Tensor) -> int:
     """Return where a tensor's numbers lie. The library sees addresses alone, no types."""
-    if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not has_memory(tensor):
+    if tensor.dtype != torch.float32 or not tensor.is_cpu or not has_address(tensor):
         raise TypeError(
             "the native kernels read plain float32 tensors in memory of the CPU; got a "
             f"{type(tensor).__name__} of {tensor.dtype} on {tensor.device}: choose another form with kernels.use(...)"

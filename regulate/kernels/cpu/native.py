@@ -64,6 +64,7 @@ def backward(
 
 
 def _step(name: str, cell: str, x: Tensor, parts: int, *tensors: Tensor | None) -> None:
+    # The library reads as far as these sizes say. Autograd does not see what is exchanged through `.data`.
     rows = GATES[cell] * x.shape[1]
     weights, maps = ([t for t in part if t is not None and t.numel()] for part in (tensors[:3], tensors[3:8]))
     if (rows and [w.numel() for w in weights] != [2 * rows, 9 * rows, rows]) or any(t.shape != x.shape for t in maps):

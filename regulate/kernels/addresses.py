@@ -1,4 +1,4 @@
-"""Whether a tensor is nothing but numbers in memory of its own, as a kernel that is handed addresses needs it."""
+"""Whether a tensor is nothing but numbers at an address, as a kernel that is handed addresses needs it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 PLAIN = (Tensor, nn.Parameter)
 
 
-def has_memory(*maps: Tensor | None) -> bool:
+def has_address(*maps: Tensor | None) -> bool:
     """Check that these are of no subclass, and have memory that says what they are; None will do. Not for compiling.
 
     Zeros that nobody has written, and the batched and functional tensors of torch's transforms, have none; others
