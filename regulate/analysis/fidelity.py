@@ -177,7 +177,7 @@ def _trained(sites: Sequence[Site], made: Trace, inputs: Inputs, odd: Measured |
 def _unexplained(differing: Sequence[Site], made: Trace, used: Inputs) -> set[str]:
     """Those that differ from a trace made in train mode as well, or whose activation is another one there."""
     try:
-        again = trace(made.root, inputs=made.inputs)
+        again = trace(made.root, made.inputs)
         measured = measure(again, used)
         seen = observe(again, used, measured, (), [_home(site) for site in differing])
     except Exception:

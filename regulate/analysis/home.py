@@ -65,7 +65,7 @@ def door(flow: Dataflow, conv: fx.Node, home: str) -> str:
     for depth in range(len(home.split(".")) + 1, len(parts)):
         outer = ".".join(parts[:depth])
         calls = flow.traced.calls.get(outer, [])
-        if len(calls) == 1 and calls[0].args and calls[0].args[0] is entering(conv):
+        if len(calls) == 1 and calls[0] and calls[0][0] is entering(conv):
             return outer
     return path
 

@@ -30,15 +30,6 @@ from .inputs import Inputs, guessed
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call of an opened module: its arguments and result in terms of the graph's nodes."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    result: Any
-
-
-@dataclass(frozen=True)
 class Trace:
     """A module's dataflow.
 
@@ -46,14 +37,14 @@ class Trace:
         root: the traced module (of a skeleton).
         graph: its torch.fx graph; closed modules are `call_module` nodes.
         inputs: the call that was traced.
-        calls: for each opened module, by path, its calls.
+        calls: for each opened module, by path, the positional arguments of its calls in terms of the graph's nodes.
         closed: modules that hold convolutions but could not be opened, with the reason.
     """
 
     root: nn.Module
     graph: fx.Graph
     inputs: Inputs
-    calls: dict[str, list[Call]] = field(default_factory=dict)
+    calls: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
     closed: dict[str, str] = field(default_factory=dict)
 
     def module(self, node: fx.Node) -> nn.Module | None:
@@ -98,13 +89,13 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "
 
 
 class _Tracer(fx.Tracer):
-    """Opens what `opens` says; each node remembers in `meta["scope"]` the opened module it ran in."""
+    """Opens what holds a convolution; each node remembers in `meta["scope"]` the opened module it ran in."""
 
-    def __init__(self, opens: Callable[[nn.Module, str], bool], inputs: Inputs) -> None:
+    def __init__(self, inputs: Inputs) -> None:
         super().__init__()
-        self.opens, self.inputs, self.thread = opens, inputs, threading.get_ident()
-        self.stack = [""]
-        self.calls: dict[str, list[Call]] = {}
+        self.inputs, self.thread = inputs, threading.get_ident()
+        self.path = ""
+        self.calls: dict[str, list[tuple[Any, ...]]] = {}
         self.closed: dict[str, str] = {}
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -127,31 +118,30 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
-        node.meta["scope"] = self.stack[-1]
+        node.meta["scope"] = self.path
         return node
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self.thread:  # torch.fx has exchanged `nn.Module.__call__` for all threads
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
-        if not self.opens(m, path):
+        if not holds_convolution(m):
             return self.create_proxy("call_module", path, args, kwargs)
         before = len(self.graph.nodes)
-        self.stack.append(path)
+        outer, self.path = self.path, path
         try:
             result = forward(*args, **kwargs)
+            self.calls.setdefault(path, []).append(_nodes(args))
+            return result
         except Exception as error:
             # What cannot be opened stays closed: unwind its half-made nodes and call it as a whole.
             for node in reversed(list(self.graph.nodes)[before:]):
                 self.graph.erase_node(node)
             self.closed[path] = located(error)
             self.calls = {name: made for name, made in self.calls.items() if not is_inside(name, path)}
-            self.stack.pop()
-            return self.create_proxy("call_module", path, args, kwargs)
-        self.stack.pop()
-        made = Call(*_nodes((args, kwargs, result)))
-        self.calls.setdefault(path, []).append(made)
-        return result
+        finally:
+            self.path = outer
+        return self.create_proxy("call_module", path, args, kwargs)
 
 
 @contextmanager
@@ -179,15 +169,11 @@ def _nodes(value: Any) -> Any:
     return fx.node.map_aggregate(value, lambda leaf: leaf.node if isinstance(leaf, fx.Proxy) else leaf)
 
 
-def trace(
-    module: nn.Module, opens: Callable[[nn.Module, str], bool] | None = None, inputs: Inputs | None = None
-) -> Trace:
+def trace(module: nn.Module, inputs: Inputs | None = None) -> Trace:
     """Trace a module's forward.
 
     Args:
         module: what to trace; a skeleton or a part of one, since tracing runs the module's code.
-        opens: `(module, path) -> bool`, which submodules to look into; by default those that hold a
-            convolution.
         inputs: the call to trace: its tensors are symbols, everything else is a constant. By default the first
             argument is a symbol and optional ones have their defaults.
 
@@ -195,7 +181,7 @@ def trace(
         Exception: whatever the module's own code raises when it is run symbolically.
     """
     inputs = inputs or guessed(module)
-    tracer = _Tracer(opens or (lambda m, _: holds_convolution(m)), inputs)
+    tracer = _Tracer(inputs)
     with fixed_random_state(), put_back(module), _symbols_are_tensors():
         graph = tracer.trace(module)
     return Trace(module, graph, inputs, tracer.calls, tracer.closed)
@@ -212,11 +198,10 @@ def traces(model: nn.Module, known: Mapping[str, Inputs]) -> Iterator[tuple[str,
         `(path, trace)`, or `(path, reason)` for a module that cannot be traced as a whole.
     """
     waiting = [""]
-    while waiting:
-        path = waiting.pop(0)
+    for path in waiting:  # which grows meanwhile
         module = model.get_submodule(path)
         try:
-            made = trace(module, inputs=known.get(path))
+            made = trace(module, known.get(path))
         except Exception as error:
             if type(module).forward is not nn.Module.forward:  # a ModuleList has none to trace
                 yield path, located(error)
