@@ -55,34 +55,19 @@ def _observed(
     closed: dict[str, list[Any]] = {}
     for node in traced.graph.find_nodes(op="call_module"):
         closed.setdefault(str(node.target), []).append(measured.shapes.get(node.name))
-    with ExitStack() as stack:
+    with device, fixed_random_state(), put_back(traced.root):  # and with it the forwards
         for path in traced.calls:
             module = traced.root.get_submodule(path)
-            stack.enter_context(_replaced(module, _scoped(module, path, log, path in blocks)))
+            vars(module)["forward"] = _scoped(module, path, log, path in blocks)
         for path, shapes in closed.items():
             module = traced.root.get_submodule(path)
-            stack.enter_context(_replaced(module, _played(module.forward, path, shapes, log)))
+            vars(module)["forward"] = _played(module.forward, path, shapes, log)
         for path in points:
             module = traced.root.get_submodule(path)
-            stack.enter_context(_replaced(module, _watched(module.forward, path, passes)))
-        for context in (device, fixed_random_state(), put_back(traced.root), log):
-            stack.enter_context(context)
-        traced.root(*inputs.args, **inputs.kwargs)
+            vars(module)["forward"] = _watched(module.forward, path, passes)
+        with log:
+            traced.root(*inputs.args, **inputs.kwargs)
     return Observed(log.operators, passes)
-
-
-@contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Give one object another forward for the body."""
-    own = vars(module).get("forward")
-    vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = own
 
 
 def _scoped(module: nn.Module, path: str, log: Log, is_block: bool) -> Callable[..., Any]:
@@ -130,17 +115,6 @@ def _watched(forward: Callable[..., Any], path: str, passes: dict[str, list[Any]
     return run
 
 
-class _Regulator(nn.Module):
-    """In the place of a regulator: to be found by code that goes over what a block holds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix, self.mix_norm = nn.Conv2d(2, 1, 1, device="meta"), nn.BatchNorm2d(1, device="meta")
-
-    def forward(self, *_: Any) -> None:
-        raise RuntimeError("it is called by the block's own code")
-
-
 class _Rewritten(Part):
     """In the place of the roles of points and containers: a subclass of a module's class."""
 
@@ -163,7 +137,8 @@ def with_regulators(root: nn.Module, blocks: Sequence[str], points: Sequence[str
         points: paths of the modules at their points.
     """
     modules = [module for path in blocks if "regulator" not in (module := root.get_submodule(path))._modules]
-    regulator = _Regulator()
+    regulator = nn.Module()  # to be found by code that goes over what a block holds; a call of it is an error
+    regulator.mix, regulator.mix_norm = nn.Conv2d(2, 1, 1, device="meta"), nn.BatchNorm2d(1, device="meta")
     with ExitStack() as stack:
         for module in modules:
             stack.callback(vars(module)["_modules"].pop, "regulator", None)
