@@ -11,7 +11,7 @@ import operator
 import pickle
 import random
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
@@ -38,7 +38,7 @@ def put_back(model: nn.Module) -> Iterator[None]:
     """
     modules = list(model.modules())
     spaces: list[tuple[Any, Mapping[str, Any]]] = [(vars(module), dict(vars(module))) for module in modules]
-    spaces += [(owner, _held(owner, names)) for cls in {type(m) for m in modules} for owner, names in _shared(cls)]
+    spaces += [shared for cls in {type(module) for module in modules} for shared in _shared(cls)]
     values = [value for _, held in spaces for name, value in held.items() if name not in _OWN]
     containers = [(value, value.copy()) for value in values if type(value) in _CONTAINERS]
     generators = [(value, _mark(value)) for value in values if type(value) in _GENERATORS]
@@ -61,7 +61,7 @@ def left_behind(module: nn.Module) -> list[Any]:
     Of the module, its class and what its methods name: numbers, texts and flags, how much containers hold, where
     generators stand; and the random states.
     """
-    spaces = [vars(module), *(_held(owner, names) for owner, names in _shared(type(module)))]
+    spaces = [vars(module), *(held for _, held in _shared(type(module)))]
     marks = [_mark(value) for space in spaces for name, value in space.items() if name not in _OWN]
     return [*marks, random.getstate(), tuple(np.random.get_state())[2:], torch.get_rng_state().tolist()]
 
@@ -88,27 +88,20 @@ def _rewind(generator: Any, state: Any) -> None:
         generator.set_state(torch.tensor(state, dtype=torch.uint8))
 
 
-def _shared(cls: type) -> tuple[tuple[Any, tuple[str, ...]], ...]:
-    """Return the classes and globals that a module's code may write to, with the names of it that are of interest."""
-    owners: list[tuple[Any, tuple[str, ...]]] = []
+def _shared(cls: type) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yield the classes and globals that a module's code may write to, with what they hold that is of interest."""
     for base in cls.__mro__:
         if not issubclass(base, nn.Module) or base.__module__.partition(".")[0] == "torch":
             continue
-        owners.append((base, tuple(name for name, value in vars(base).items() if _is_state(name, value))))
+        yield base, _state(vars(base), vars(base))
         for function in vars(base).values():
             if isinstance(function, FunctionType):
-                space, used = function.__globals__, function.__code__.co_names
-                owners.append((space, tuple(name for name in used if name in space and _is_state(name, space[name]))))
-    return tuple((owner, names) for owner, names in owners if names)
+                yield function.__globals__, _state(function.__globals__, function.__code__.co_names)
 
 
-def _is_state(name: str, value: Any) -> bool:
-    return not name.startswith("__") and (isinstance(value, _PLAIN) or type(value) in _CONTAINERS)
-
-
-def _held(owner: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    space = vars(owner) if isinstance(owner, type) else owner
-    return {name: space[name] for name in names if name in space}
+def _state(space: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    held = {name: space[name] for name in names if name in space and not name.startswith("__")}
+    return {name: value for name, value in held.items() if isinstance(value, _PLAIN) or type(value) in _CONTAINERS}
 
 
 def _set(owner: Any, held: Mapping[str, Any]) -> None:

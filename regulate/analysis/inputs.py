@@ -6,6 +6,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,16 +137,13 @@ def _own_sizes(model: nn.Module) -> Iterator[Size]:
     for module in (model, *model.children()):
         card = getattr(module, "pretrained_cfg", None)
         known = card.get("input_size") if isinstance(card, Mapping) else getattr(card, "input_size", None)
-        named = [getattr(holder, name, None) for holder in (module, _config(module)) for name in _SIZE_NAMES]
+        holders = (module, getattr(module, "config", None))
+        named = [getattr(holder, name, None) for holder in holders for name in _SIZE_NAMES]
         for value in (known, *named):
             try:
                 yield _size(list(value) if isinstance(value, tuple) else value)
             except (TypeError, ValueError):
                 continue
-
-
-def _config(module: nn.Module) -> Any:
-    return getattr(module, "config", None)
 
 
 def example(model: nn.Module, given: Any) -> Inputs | None:
@@ -157,9 +155,7 @@ def example(model: nn.Module, given: Any) -> Inputs | None:
     if given is None:
         return None
     args, kwargs = _arguments(given)
-    inputs = Inputs(
-        *tree_map(lambda leaf: leaf.detach().to("meta") if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-    )
+    inputs = Inputs(args, kwargs).replaced(lambda _, tensor: tensor.detach().to("meta"))
     if not inputs.image:
         raise TypeError(
             "example_inputs are the arguments of the model's forward: a tensor, a tuple of arguments, a dict of them "
@@ -225,13 +221,11 @@ def recorded(bare: nn.Module, inputs: Inputs) -> dict[str, Inputs]:
     """Return what each module of a skeleton is called with first, by path, as far as the meta device takes it."""
     seen: dict[str, Inputs] = {"": inputs}
 
-    def note(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.setdefault(path, Inputs(args, dict(kwargs)))
+    def note(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.setdefault(path, Inputs(args, dict(kwargs)))
 
-        return hook
-
-    handles = [m.register_forward_pre_hook(note(path), with_kwargs=True) for path, m in bare.named_modules() if path]
+    named = [(path, module) for path, module in bare.named_modules() if path]
+    handles = [module.register_forward_pre_hook(partial(note, path), with_kwargs=True) for path, module in named]
     try:
         with torch.no_grad(), torch.device("meta"), fixed_random_state(), put_back(bare):
             bare(*inputs.args, **inputs.kwargs)

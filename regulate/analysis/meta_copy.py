@@ -86,9 +86,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 def _tensors(held: Any) -> list[Tensor]:
     """Return a tensor, or those in a container of a module's own; torch's hold tensors and modules."""
-    if isinstance(held, Tensor):
-        return [held]
-    if not isinstance(held, list | tuple | dict) or not held:
+    if not isinstance(held, Tensor | list | tuple | dict):
         return []
     return [leaf for leaf in tree_leaves(held) if isinstance(leaf, Tensor)]
 
