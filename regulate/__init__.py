@@ -30,7 +30,6 @@ from .training.calibration import calibrate
 
 __version__ = "0.1.0"
 
-_moved.install()
 __getattr__ = _moved.moved
 
 __all__ = [

@@ -23,27 +23,23 @@ MOVED = {
 }
 
 
-class _Finder(MetaPathFinder):
+class _Moved(MetaPathFinder, Loader):
+    """Finds the old names, and fills their modules with the attributes of those of the new names."""
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, _Loader(MOVED[fullname])) if fullname in MOVED else None
-
-
-class _Loader(Loader):
-    """Fills the module of the old name with the attributes of the one of the new name."""
-
-    def __init__(self, new: str) -> None:
-        self.new = new
+        return ModuleSpec(fullname, self) if fullname in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
+        new = MOVED[module.__name__]
         warnings.warn(
-            f"{module.__name__} has moved to {self.new}; the old name will go in version 0.3",
+            f"{module.__name__} has moved to {new}; the old name will go in version 0.3",
             DeprecationWarning,
             stacklevel=2,
         )
         # Not a copy of the names: an attribute that is set there later must be seen here.
-        vars(module)["__getattr__"] = partial(getattr, import_module(self.new))
+        vars(module)["__getattr__"] = partial(getattr, import_module(new))
 
 
 def optimize_for_inference(model: Any) -> Any:
@@ -65,7 +61,4 @@ def moved(name: str) -> Any:
     raise AttributeError(f"module 'regulate' has no attribute {name!r}")
 
 
-def install() -> None:
-    """Let Python's import system find the old names. Does nothing the second time."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())
+sys.meta_path.append(_Moved())
