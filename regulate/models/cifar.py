@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WIDTHS = (16, 32, 64)
-
 
 class ZeroPadShortcut(nn.Module):
     """Option A of He et al. 2015: every second position, new channels zero, nothing to learn.
@@ -93,13 +91,7 @@ class CifarResNet(nn.Module):
     """
 
     def __init__(
-        self,
-        blocks: int,
-        num_classes: int = 10,
-        in_channels: int = 3,
-        shortcut: str = "B",
-        reduction: int = 0,
-        widths: tuple[int, ...] = WIDTHS,
+        self, blocks: int, num_classes: int, in_channels: int, shortcut: str, reduction: int, widths: tuple[int, ...]
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
@@ -133,7 +125,7 @@ def cifar_resnet(
     in_channels: int = 3,
     shortcut: str = "B",
     reduction: int = 0,
-    width: int = WIDTHS[0],
+    width: int = 16,
 ) -> CifarResNet:
     """Return a ResNet of the paper's CIFAR experiments.
 
