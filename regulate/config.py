@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from inspect import Parameter, signature
 from typing import Any, TypedDict, TypeVar
 
@@ -91,9 +91,7 @@ class RegulatorConfig:
                 f"a config can be written down only if its cell is one of {_listed(CELL_GATES)}, got the "
                 f"callable {self.cell!r}; keep the code that builds it and pass it to regulate() again"
             )
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        values["stages"] = None if self.stages is None else list(self.stages)
-        return values
+        return {**asdict(self), "stages": self.stages and list(self.stages)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RegulatorConfig:

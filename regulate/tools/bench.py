@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,7 @@ def measure(setting: Setting) -> dict[str, Any]:
     drawn = plan(setting.network(), config=config, input_size=setting.size or None)
     networks: dict[str, RegulatorConfig | None] = {PLAIN: None, REGULATED: config}
     if setting.stages:
-        options = {name: getattr(config, name) for name in config.__dataclass_fields__}
-        networks |= {stage.name: RegulatorConfig(**{**options, "stages": (stage.name,)}) for stage in drawn.stages}
+        networks |= {stage.name: replace(config, stages=(stage.name,)) for stage in drawn.stages}
     size = drawn.input_size[-1]
     steps = {name: step(setting, one, size) for name, one in networks.items()}
     seconds = {name: statistics.median(own) for name, own in in_turn(steps, setting.rounds, setting.device).items()}
