@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +21,40 @@ from .open_model import backbone_and_options, open_model
 from .progress import erase, working
 from .script import run_script
 
+# None is 0.
+Command = Callable[[argparse.Namespace], int | None]
+
 MODEL = "a timm name, torchvision/NAME, cifar/DEPTH, or a folder of save_pretrained"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("regulate", description="Memory across the depth of a residual network.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, text in (
-        ("plan", "show what would be rewritten, at what cost, and what is left alone and why"),
-        ("verify", "regulate the model and check identity and gradients; exit code 1 if they fail"),
+    for name, run, text in (
+        ("plan", _plan, "show what would be rewritten, at what cost, and what is left alone and why"),
+        ("verify", _verify, "regulate the model and check identity and gradients; exit code 1 if they fail"),
     ):
-        sub = _command(commands, command, text)
+        sub = _add_on_network(commands, name, run, text)
         sub.add_argument("--json", action="store_true", help="JSON instead of text")
     _add_inspect(commands)
     _add_bench(commands)
     _add_timm(commands)
-    text = "what runs on this machine and why, the versions, and what to install"
-    commands.add_parser("doctor", help=text, description=text)
+    _add(commands, "doctor", _doctor, "what runs on this machine and why, the versions, and what to install")
     text = "the parameters and FLOPs that the paper prints, beside those that its architectures have"
-    commands.add_parser("paper", help=text, description=text)
+    _add(commands, "paper", _paper, text)
     return parser
 
 
-def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
-    """Add a command on a network, with the options that all of them have."""
+def _add(commands: Any, name: str, run: Command, text: str) -> argparse.ArgumentParser:
+    """Add a command."""
     sub: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    sub.set_defaults(run=run)
+    return sub
+
+
+def _add_on_network(commands: Any, name: str, run: Command, text: str) -> argparse.ArgumentParser:
+    """Add a command on a network, with the options that all of them have."""
+    sub = _add(commands, name, run, text)
     network = sub.add_argument_group("the network")
     network.add_argument("model", metavar="MODEL", help=MODEL)
     network.add_argument("--weights", metavar="FILE", help="a file of regulate.save, or a state dict")
@@ -65,7 +74,7 @@ def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
 
 def _add_inspect(commands: Any) -> None:
     text = "draw a regulated model's maps, gates, hidden states and similarities for a folder of images"
-    sub = _command(commands, "inspect", text)
+    sub = _add_on_network(commands, "inspect", _inspect, text)
     sub.add_argument("--images", required=True, help="a folder of images, or one with a folder for each class")
     sub.add_argument("--count", type=int, default=16, help="images to take")
     sub.add_argument("--out", default="runs/inspect", help="folder of the figures")
@@ -73,7 +82,7 @@ def _add_inspect(commands: Any) -> None:
 
 def _add_bench(commands: Any) -> None:
     text = "time and memory of a network, plain and regulated in turn"
-    sub = _command(commands, "bench", text)
+    sub = _add_on_network(commands, "bench", _bench, text)
     sub.add_argument("--train", action="store_true", help="a training step instead of inference")
     sub.add_argument("--batch", type=int, default=8)
     sub.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -139,10 +148,9 @@ def _planned(args: argparse.Namespace) -> tuple[nn.Module, RegulatorConfig, Plan
         return model, config, plan(model, config=config, input_size=_size(args))
 
 
-def _plan(args: argparse.Namespace) -> int:
+def _plan(args: argparse.Namespace) -> None:
     *_, found = _planned(args)
     print(json.dumps(found.to_dict()) if args.json else found)
-    return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -172,7 +180,7 @@ def _verify(args: argparse.Namespace) -> int:
     return 0 if verdict.passed else 1
 
 
-def _inspect(args: argparse.Namespace) -> int:
+def _inspect(args: argparse.Namespace) -> None:
     from .figures import draw
     from .images import pictures
 
@@ -184,10 +192,9 @@ def _inspect(args: argparse.Namespace) -> int:
     with working(f"drawing {args.model}"):
         paths = draw(model, images, args.out, None if labels is None else [(images, labels)])
     print("\n".join(map(str, paths)))
-    return 0
 
 
-def _bench(args: argparse.Namespace) -> int:
+def _bench(args: argparse.Namespace) -> None:
     from .bench import Setting, measure, report
 
     _, config = backbone_and_options(_opened(args), _config(args))
@@ -198,31 +205,18 @@ def _bench(args: argparse.Namespace) -> int:
         with replaced(args.out) as path:
             path.write_text(json.dumps(found, indent=1))
     print(json.dumps(found) if args.json else report(found))
-    return 0
 
 
-def _paper(args: argparse.Namespace) -> int:
+def _paper(args: argparse.Namespace) -> None:
     from .paper import compare
 
     print(compare())
-    return 0
 
 
-def _doctor(args: argparse.Namespace) -> int:
+def _doctor(args: argparse.Namespace) -> None:
     from .doctor import report
 
     print(report())
-    return 0
-
-
-_COMMANDS = {
-    "plan": _plan,
-    "verify": _verify,
-    "inspect": _inspect,
-    "bench": _bench,
-    "paper": _paper,
-    "doctor": _doctor,
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -232,7 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_script(args.script, args.arguments)  # whose errors are its own
         return 0
     try:
-        return _COMMANDS[args.command](args)
+        code: int = args.run(args) or 0
+        return code
     except ModuleNotFoundError as error:
         message = f"this needs {error.name}, which is not installed; pip install {error.name}"
     except (RegulateError, ValueError, TypeError, RuntimeError, OSError) as error:
