@@ -67,12 +67,14 @@ def _pyplot() -> Any:
     return pyplot
 
 
+def _subplots(*grid: int, **options: Any) -> Any:
+    """Return a figure and its axes."""
+    return _pyplot().subplots(*grid, layout="constrained", **options)
+
+
 def _maps(steps: list[Step], plain: dict[str, Tensor], image: Tensor) -> Any:
     """Fig. 1 (a): for each block the mean over channels of I, H and O, and of O without the regulator."""
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(
-        4, len(steps) + 1, figsize=(2 * len(steps) + 3.5, 8), squeeze=False, layout="constrained"
-    )
+    figure, axes = _subplots(4, len(steps) + 1, figsize=(2 * len(steps) + 3.5, 8), squeeze=False)
     rows = [
         [_mean_map(values) for values in row]
         for row in zip(*((step.read, step.hidden, step.output, plain[step.block]) for step in steps), strict=True)
@@ -111,9 +113,8 @@ def _picture(image: Tensor) -> Any:
 
 
 def _similarity(model: nn.Module, images: Tensor) -> Any:
-    pyplot = _pyplot()
     found = similarity(model, images)
-    figure, axis = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    figure, axis = _subplots(figsize=(8, 4))
     place, labels = 0, []
     for names in stages(model):
         for number, (on, off) in enumerate(found[names[0]]):
@@ -129,8 +130,7 @@ def _similarity(model: nn.Module, images: Tensor) -> Any:
 
 
 def _memory(steps: dict[str, list[Step]]) -> Any:
-    pyplot = _pyplot()
-    figure, (norms, shares) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (norms, shares) = _subplots(1, 2, figsize=(10, 4))
     for stage, line in steps.items():
         numbers = range(1, len(line) + 1)
         norms.plot(numbers, [hidden_norm(step) for step in line], "o-", label=stage)
@@ -146,12 +146,9 @@ def _memory(steps: dict[str, list[Step]]) -> Any:
 
 def _gates(steps: dict[str, list[Step]]) -> Any:
     """Draw a panel for each gate of each stage: mean and standard deviation over images, channels and positions."""
-    pyplot = _pyplot()
     names = list(next(iter(steps.values()))[0].gates)
-    figure, axes = pyplot.subplots(
-        max(1, len(names)), len(steps), figsize=(3 * len(steps), 2.2 * max(1, len(names)) + 0.5), squeeze=False,
-        layout="constrained", sharex="col",
-    )  # fmt: skip
+    rows, columns = max(1, len(names)), len(steps)
+    figure, axes = _subplots(rows, columns, figsize=(3 * columns, 2.2 * rows + 0.5), squeeze=False, sharex="col")
     for column, (stage, line) in enumerate(steps.items()):
         axes[0][column].set_title(stage)
         for row, gate in enumerate(names):
@@ -176,11 +173,10 @@ def _count_blocks(axis: Any) -> None:
 
 def _accuracy(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Any:
     """Fig. 1 (b)."""
-    pyplot = _pyplot()
     on = block_accuracy(model, batches)
     with disabled(model):
         off = block_accuracy(model, batches)
-    figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure, axis = _subplots(figsize=(6, 4))
     axis.plot(range(len(on)), list(on.values()), "o-", label="regulated")
     axis.plot(range(len(off)), list(off.values()), "s--", color="grey", label="regulators off")
     axis.set_xticks(range(len(on)), list(on), rotation=30, ha="right", fontsize=8)
