@@ -82,15 +82,11 @@ def perturb(model: nn.Module, batches: Sequence[Any], seed: int = 0) -> nn.Modul
 def _shake(parameter: nn.Parameter) -> None:
     if parameter.dim() > 1:
         return
-    if torch.equal(parameter, torch.ones_like(parameter)) or (parameter.dim() == 1 and not parameter.any()):
-        is_gain = bool(parameter.all())
-        draw = torch.rand(parameter.shape)
-        if is_gain:
-            gain = 0.25 + 0.75 * torch.rand(parameter.shape)
-            gain = torch.where(draw < 0.1, -gain, torch.where(draw < 0.15, 1e-3 * gain, gain))
-            parameter.copy_(gain)
-        else:
-            parameter.copy_(0.4 * (draw - 0.3))
+    if torch.equal(parameter, torch.ones_like(parameter)):
+        draw, gain = torch.rand(parameter.shape), 0.25 + 0.75 * torch.rand(parameter.shape)
+        parameter.copy_(torch.where(draw < 0.1, -gain, torch.where(draw < 0.15, 1e-3 * gain, gain)))
+    elif parameter.dim() == 1 and not parameter.any():
+        parameter.copy_(0.4 * (torch.rand(parameter.shape) - 0.3))
     elif not parameter.any():
         parameter.fill_(0.3)
 
