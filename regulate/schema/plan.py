@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -114,8 +115,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values; `from_dict` reads them back."""
-        listed: dict[str, Any] = _listed(asdict(self))
-        return listed
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Plan:
@@ -164,12 +165,6 @@ def stage_from_dict(values: Mapping[str, Any]) -> Stage:
     container = values.get("container", values.get("holder"))
     kept = {name: values[name] for name in ("name", "index", "parameters", "macs")}
     return Stage(**kept, container=container, blocks=blocks, grid=tuple(values["grid"]))
-
-
-def _listed(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _listed(entry) for key, entry in value.items()}
-    return [_listed(entry) for entry in value] if isinstance(value, tuple | list) else value
 
 
 def _text(plan: Plan) -> str:
