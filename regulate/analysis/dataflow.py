@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -46,9 +47,7 @@ class Dataflow:
             if node.op == "output" or not (parents or begins) or node.name not in shapes:
                 continue
             self.parents[node] = parents
-            over: fx.Node | None = parents[0] if parents else None
-            for parent in parents[1:]:
-                over = self.meet(over, parent)
+            over = reduce(self.meet, parents) if parents else None
             self.over[node] = over
             self.depth[node] = 0 if over is None else self.depth[over] + 1
 

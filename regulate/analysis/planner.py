@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -70,10 +71,9 @@ def make_plan(
 
 
 def _options(config: RegulatorConfig) -> dict[str, Any]:
-    if isinstance(config.cell, str):
-        return config.to_dict()
-    named = replace(config, cell="lstm").to_dict()
-    return {**named, "cell": getattr(config.cell, "__name__", type(config.cell).__name__)}
+    cell = config.cell
+    name = cell if isinstance(cell, str) else getattr(cell, "__name__", type(cell).__name__)
+    return {**replace(config, cell="lstm").to_dict(), "cell": name}
 
 
 def _nothing_found(model: nn.Module, skipped: Sequence[Skipped]) -> str:
@@ -94,10 +94,7 @@ def _nothing_found(model: nn.Module, skipped: Sequence[Skipped]) -> str:
 def _parts_that_work(bare: nn.Module, config: RegulatorConfig, tried: Sequence[Size], failed: Sequence[str]) -> str:
     """Return the next step where a network cannot be taken as a whole: the first part that can."""
     waiting = list(failed)
-    for _ in range(_PARTS):
-        if not waiting:
-            break
-        at = waiting.pop(0)
+    for at in itertools.islice(waiting, _PARTS):  # which grows meanwhile
         for name, child in bare.get_submodule(at).named_children():
             path = join(at, name)
             if not holds_convolution(child):
