@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -18,7 +17,7 @@ from ..schema.text import first_line
 from ..schema.values import Norm, Source
 from ..utils.paths import join
 from .dataflow import Dataflow, entering
-from .fidelity import checked, measure_odd
+from .fidelity import checked, measure_trained
 from .home import door, home_of, unfit
 from .inputs import Inputs, Size, missing_arguments, recorded, shapes
 from .measure import Measured, measure
@@ -69,17 +68,16 @@ def survey(bare: nn.Module, config: RegulatorConfig, sizes: Sequence[Size], exam
             failed.append(root)
             continue
         try:
-            measured, inputs = _measured(made, sizes, known.get(root))
+            measured = _measured(made, sizes, known.get(root))
         except Exception as error:
             skipped.append(Skipped(root, first_line(error)))
             failed.append(root)
             continue
-        odd = measure_odd(made, inputs)
-        kinds = list(_blocks(Dataflow(made, measured), root, config, None if odd is None else odd.shapes))
-        kinds = checked(kinds, made, measured, inputs, odd)
+        trained = measure_trained(measured)
+        kinds = checked(list(_blocks(Dataflow(measured), root, config, trained)), measured, trained)
         if kinds:
-            image = image or inputs.image[1:]
-            macs = _added(macs, measured.flops, inputs.image[0])
+            image = image or measured.inputs.image[1:]
+            macs = _added(macs, measured.flops, measured.inputs.image[0])
         sites += [kind for kind in kinds if isinstance(kind, Site)]
         skipped += [kind for kind in kinds if isinstance(kind, Skipped)]
         skipped += [Skipped(join(root, path), f"cannot be opened: {why}") for path, why in made.closed.items()]
@@ -94,8 +92,8 @@ def _added(macs: int | None, flops: int | None, images: int) -> int | None:
     return None if macs is None or flops is None else macs + flops // (2 * images)
 
 
-def _measured(made: Trace, sizes: Sequence[Size], known: Inputs | None) -> tuple[Measured, Inputs]:
-    """Return what a run of a trace shows, and on which inputs it ran.
+def _measured(made: Trace, sizes: Sequence[Size], known: Inputs | None) -> Measured:
+    """Return what a run of a trace shows.
 
     Raises:
         ValueError: it runs on none; the message is the reason.
@@ -103,7 +101,7 @@ def _measured(made: Trace, sizes: Sequence[Size], known: Inputs | None) -> tuple
     if known is not None:
         with torch.no_grad():
             try:
-                return measure(made, known), known
+                return measure(made, known)
             except Exception as error:
                 raise ValueError(f"does not run on example_inputs=: {first_line(error)}") from error
     missing = missing_arguments(made.root)
@@ -120,14 +118,14 @@ def _measured(made: Trace, sizes: Sequence[Size], known: Inputs | None) -> tuple
         inputs = made.inputs.replaced(lambda _, x: x.new_empty(shape, dtype=dtype))  # noqa: B023, called at once
         try:
             with torch.no_grad():
-                return measure(made, inputs), inputs
+                return measure(made, inputs)
         except Exception as error:
             failure = failure or f"does not run on an image of {'x'.join(map(str, shape[1:]))}: {first_line(error)}"
     # Other inputs do not help code that asks for numbers: a plan is made without arithmetic.
     raise ValueError(failure if "meta" in failure else f"{failure}; give input_size= or example_inputs=")
 
 
-def _blocks(flow: Dataflow, root: str, config: RegulatorConfig, odd: dict[str, Any] | None) -> Iterator[Site | Skipped]:
+def _blocks(flow: Dataflow, root: str, config: RegulatorConfig, trained: Measured | None) -> Iterator[Site | Skipped]:
     found = find(flow)
     homes = [home_of(flow, block) for block in found]
     shared = Counter(homes)
@@ -135,7 +133,7 @@ def _blocks(flow: Dataflow, root: str, config: RegulatorConfig, odd: dict[str, A
     for block, home in zip(found, homes, strict=True):
         name = join(root, home)
         reason = block.reason or unfit(flow, block, root, home, shared[home], targets)
-        fitted = "" if reason else _fitted(flow, block, root, home, config, odd)
+        fitted = "" if reason else _fitted(flow, block, root, home, config, trained)
         if isinstance(fitted, Site):
             yield fitted
         else:
@@ -143,7 +141,7 @@ def _blocks(flow: Dataflow, root: str, config: RegulatorConfig, odd: dict[str, A
 
 
 def _fitted(
-    flow: Dataflow, found: Found, root: str, home: str, config: RegulatorConfig, odd: dict[str, Any] | None
+    flow: Dataflow, found: Found, root: str, home: str, config: RegulatorConfig, trained: Measured | None
 ) -> Site | str:
     assert found.read is not None and found.write is not None
     read, write = entering(found.read), entering(found.write)
@@ -151,8 +149,8 @@ def _fitted(
     if read_shape is None or write_shape is None or len(read_shape) != len(write_shape):
         return "its read or write point is no image-like tensor"
     pairs = [(read_shape[2:], write_shape[2:])]
-    if odd and read.name in odd and write.name in odd:
-        pairs.append((odd[read.name][2:], odd[write.name][2:]))
+    if trained is not None and read.name in trained.shapes and write.name in trained.shapes:
+        pairs.append((trained.shapes[read.name][2:], trained.shapes[write.name][2:]))
     steps = _steps(pairs)
     if steps is None:
         return f"the grids of its read and write points, {pairs[0][0]} and {pairs[0][1]}, differ by more than a stride"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .measure import Measured
-from .trace import Trace, is_convolution
+from .trace import is_convolution
 
 _ACTIVATIONS = {
     torch.relu, F.relu, F.relu6, F.silu, F.gelu, F.elu, F.leaky_relu, F.hardswish, F.mish, F.selu, F.celu,
@@ -30,21 +30,19 @@ class Dataflow:
     """Dominators over the nodes that carry data from the input; parameters and sizes do not count.
 
     Args:
-        traced: a trace.
-        measured: what a run of it showed.
+        measured: what a run of a trace showed.
     """
 
-    def __init__(self, traced: Trace, measured: Measured) -> None:
-        self.traced, self.shapes, self.changed = traced, measured.shapes, measured.changed
-        shapes = self.shapes
+    def __init__(self, measured: Measured) -> None:
+        self.traced, self.shapes, self.changed = measured.traced, measured.shapes, measured.changed
         self.parents: dict[fx.Node, list[fx.Node]] = {}
         self.over: dict[fx.Node, fx.Node | None] = {}
         self.depth: dict[fx.Node, int] = {}
         beginning = self._beginning()
-        for node in traced.graph.nodes:
+        for node in self.traced.graph.nodes:
             parents = [parent for parent in node.all_input_nodes if parent in self.depth]
             begins = node in beginning
-            if node.op == "output" or not (parents or begins) or node.name not in shapes:
+            if node.op == "output" or not (parents or begins) or node.name not in self.shapes:
                 continue
             self.parents[node] = parents
             over = reduce(self.meet, parents) if parents else None

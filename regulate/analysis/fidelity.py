@@ -10,47 +10,42 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
 
 from ..schema.plan import Skipped
 from ..schema.text import located
 from ..utils.modes import in_mode
 from ..utils.paths import is_inside, relative
 from .dataflow import Dataflow, entering
-from .inputs import Inputs
 from .measure import Measured, Observed, agree, measure
 from .observe import observe, with_regulators
 from .provenance import origin
 from .site import Site
-from .trace import Trace, trace
+from .trace import trace
 
 
-def checked(
-    kinds: Sequence[Site | Skipped], made: Trace, measured: Measured, inputs: Inputs, odd: Measured | None
-) -> list[Site | Skipped]:
+def checked(kinds: Sequence[Site | Skipped], measured: Measured, in_training: Measured | None) -> list[Site | Skipped]:
     """Refuse sites whose points the network's own code does not pass; drop activations that are in doubt.
 
     Args:
         kinds: what was found in a trace; what is skipped stays so.
-        made: the trace.
-        measured: its run.
-        inputs: what it ran on.
-        odd: its run in train mode at the odd size; None if the network refuses that.
+        measured: a run of the trace.
+        in_training: its run in train mode; None if the network refuses that.
     """
     sites = [kind for kind in kinds if isinstance(kind, Site)]
     if not sites:
         return list(kinds)
     try:
         with torch.no_grad():
-            ran = _run(sites, made, inputs, measured)
+            ran = _run(sites, measured)
     except Exception as error:
         reason = f"its own code cannot be run beside its trace: {located(error)}"
         return [Skipped(kind.block.name, reason) if isinstance(kind, Site) else kind for kind in kinds]
-    trained = _trained(sites, made, inputs, odd)
-    return [_verdict(kind, made, measured, ran, trained) if isinstance(kind, Site) else kind for kind in kinds]
+    trained = _trained(sites, in_training)
+    return [_verdict(kind, measured, ran, trained) if isinstance(kind, Site) else kind for kind in kinds]
 
 
 @dataclass(frozen=True)
@@ -69,17 +64,17 @@ class _Ran:
     doubtful: set[str] = field(default_factory=set)
 
 
-def _run(sites: Sequence[Site], made: Trace, inputs: Inputs, measured: Measured) -> _Ran:
+def _run(sites: Sequence[Site], measured: Measured) -> _Ran:
     """Run the code with regulators in the blocks; where something else ran than in the trace, without them as well."""
     points, homes = _points(sites), [_home(site) for site in sites]
     try:
-        with with_regulators(made.root, homes, points):
-            held = observe(made, inputs, measured, points, homes)
+        with with_regulators(measured.traced.root, homes, points):
+            held = observe(measured, points, homes)
     except Exception:
-        return _Ran(observe(made, inputs, measured, points, homes), set(homes))
+        return _Ran(observe(measured, points, homes), set(homes))
     if agree(measured, held, ""):
         return _Ran(held)
-    seen = observe(made, inputs, measured, points, homes)
+    seen = observe(measured, points, homes)
     scopes = {*seen.operators, *held.operators}
     return _Ran(seen, {scope for scope in scopes if seen.operators.get(scope) != held.operators.get(scope)})
 
@@ -93,10 +88,10 @@ def _home(site: Site) -> str:
     return relative(site.block.name, site.root)
 
 
-def _verdict(site: Site, made: Trace, measured: Measured, ran: _Ran, trained: _Ran | None) -> Site | Skipped:
+def _verdict(site: Site, measured: Measured, ran: _Ran, trained: _Ran | None) -> Site | Skipped:
     reason = _missed(site, ran.seen) or _disturbed(site, ran) or (trained and _wrong_in_training(site, trained))
     if reason:
-        return Skipped(site.block.name, f"{reason} {_location(made.root.get_submodule(_home(site)))}".rstrip())
+        return Skipped(site.block.name, f"{reason} {_location(site)}".rstrip())
     if trained is None or site.block.name in trained.doubtful or not agree(measured, ran.seen, _home(site)):
         return replace(site, block=replace(site.block, activation="none"))
     return site
@@ -140,59 +135,52 @@ def _disturbed(site: Site, ran: _Ran) -> str:
     )
 
 
-def _location(module: nn.Module) -> str:
-    """File and line of a module's forward, where there is a text of it."""
+def _location(site: Site) -> str:
+    """File and line of a block's forward, where there is a text of it."""
     try:
-        code = inspect.unwrap(type(module).forward).__code__
+        code = inspect.unwrap(type(site.flow.traced.root.get_submodule(_home(site))).forward).__code__
     except AttributeError:
         return ""
     return f"({code.co_filename}:{code.co_firstlineno})"
 
 
-def measure_odd(made: Trace, inputs: Inputs) -> Measured | None:
-    """Run a trace in train mode with gradients at an odd size; None where the model refuses it."""
-    odd = inputs.odd()
-    if odd is None:
-        return None
+def measure_trained(measured: Measured) -> Measured | None:
+    """Run a trace again in train mode with gradients, at an odd size if it can be; None where the model refuses it."""
+    made, inputs = measured.traced, measured.inputs
     with in_mode(made.root, True), torch.enable_grad():
-        try:
-            return measure(made, odd)
-        except Exception:
-            return None
+        for tried in (inputs.odd() or inputs, inputs):
+            with suppress(Exception):
+                return measure(made, tried)
+    return None
 
 
-def _trained(sites: Sequence[Site], made: Trace, inputs: Inputs, odd: Measured | None) -> _Ran | None:
+def _trained(sites: Sequence[Site], measured: Measured | None) -> _Ran | None:
     """Return what a run in train mode with gradients tells, and of which blocks it differs; None if there is none."""
-    used = inputs if odd is None else inputs.odd() or inputs
-    with in_mode(made.root, True), torch.enable_grad():
+    if measured is None:
+        return None
+    with in_mode(measured.traced.root, True), torch.enable_grad():
         try:
-            measured = odd or measure(made, used)
-            ran = _run(sites, made, used, measured)
+            ran = _run(sites, measured)
         except Exception:
             return None
         differing = [site for site in sites if not agree(measured, ran.seen, _home(site))]
-        return replace(ran, doubtful=_unexplained(differing, made, used) if differing else set())
+        return replace(ran, doubtful=_unexplained(differing, measured) if differing else set())
 
 
-def _unexplained(differing: Sequence[Site], made: Trace, used: Inputs) -> set[str]:
+def _unexplained(differing: Sequence[Site], before: Measured) -> set[str]:
     """Those that differ from a trace made in train mode as well, or whose activation is another one there."""
     try:
-        again = trace(made.root, made.inputs)
-        measured = measure(again, used)
-        seen = observe(again, used, measured, (), [_home(site) for site in differing])
+        again = trace(before.traced.root, before.traced.inputs)
+        measured = measure(again, before.inputs)
+        seen = observe(measured, (), [_home(site) for site in differing])
     except Exception:
         return {site.block.name for site in differing}
-    flow = Dataflow(again, measured)
+    flow = Dataflow(measured)
     writes = {str(node.target): node for node in again.graph.nodes if node.op == "call_module"}
     unexplained = set()
     for site in differing:
         write = writes.get(str(site.found.write and site.found.write.target))
         same = write is not None and agree(measured, seen, _home(site))
-        if not same or origin(flow, entering(write), write).fixed_point != _fixed_point(site):  # type: ignore[arg-type]
+        if not same or origin(flow, entering(write), write).fixed_point != site.block.activation:  # type: ignore[arg-type]
             unexplained.add(site.block.name)
     return unexplained
-
-
-def _fixed_point(site: Site) -> str:
-    assert site.found.write is not None
-    return origin(site.flow, entering(site.found.write), site.found.write).fixed_point

@@ -6,7 +6,7 @@ the trace describes another network. So both are run here, without arithmetic, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,16 +34,20 @@ class Measured:
     """What one run of a trace showed.
 
     Args:
+        traced: the trace.
+        inputs: what it ran on.
         shapes: for each node that holds a tensor its shape, for a tuple of tensors `"tuple"`, by node name.
         changed: pairs of nodes, by name: the first one's tensor was changed before the second one took it.
         operators: closed modules and operators between them, with shapes, by the opened module they ran in.
         flops: floating-point operations of convolutions and matrix products; None where torch does not tell.
     """
 
+    traced: Trace
+    inputs: Inputs
     shapes: Shapes
-    changed: frozenset[tuple[str, str]] = frozenset()
-    operators: dict[str, list[str]] = field(default_factory=dict)
-    flops: int | None = None
+    changed: frozenset[tuple[str, str]]
+    operators: dict[str, list[str]]
+    flops: int | None
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ def measure(traced: Trace, inputs: Inputs) -> Measured:
     runner = _Interpreter(traced, log)
     with torch.device("meta"), fixed_random_state(), put_back(traced.root), log:
         runner.run(*inputs.tensors)
-    return Measured(runner.shapes, frozenset(runner.changed), log.operators, log.flops)
+    return Measured(traced, inputs, runner.shapes, frozenset(runner.changed), log.operators, log.flops)
 
 
 def map_shapes(tensors: Any) -> list[tuple[int, ...]]:

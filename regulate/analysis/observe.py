@@ -14,20 +14,14 @@ from ..nn.hiding import HidesRegulator
 from ..utils.classes import Part, become, leave
 from ..utils.modes import fixed_random_state
 from .effects import left_behind, put_back
-from .inputs import Inputs
 from .measure import Log, Measured, Observed
-from .trace import Trace
 
 
-def observe(
-    traced: Trace, inputs: Inputs, measured: Measured, points: Sequence[str], blocks: Sequence[str]
-) -> Observed:
+def observe(measured: Measured, points: Sequence[str], blocks: Sequence[str]) -> Observed:
     """Run the traced module's own code on the meta device; closed modules put out what they did in the trace.
 
     Args:
-        traced: a trace of a skeleton.
-        inputs: of the form that it was traced with.
-        measured: a run of the trace on them.
+        measured: a run of its trace; the code runs on the same inputs.
         points: paths of the modules to watch.
         blocks: paths of the blocks; where one leaves something behind for its next call, that is entered like an
             operator, which no trace has.
@@ -37,20 +31,15 @@ def observe(
     """
     try:
         # Numbers that are drawn and read at once must be real ones.
-        return _observed(traced, inputs, measured, points, blocks, nullcontext())
+        return _observed(measured, points, blocks, nullcontext())
     except Exception:
-        return _observed(traced, inputs, measured, points, blocks, torch.device("meta"))
+        return _observed(measured, points, blocks, torch.device("meta"))
 
 
 def _observed(
-    traced: Trace,
-    inputs: Inputs,
-    measured: Measured,
-    points: Sequence[str],
-    blocks: Sequence[str],
-    device: AbstractContextManager[Any],
+    measured: Measured, points: Sequence[str], blocks: Sequence[str], device: AbstractContextManager[Any]
 ) -> Observed:
-    log = Log()
+    log, traced, inputs = Log(), measured.traced, measured.inputs
     passes: dict[str, list[tuple[int, tuple[int, ...]]]] = {path: [] for path in points}
     closed: dict[str, list[Any]] = {}
     for node in traced.graph.find_nodes(op="call_module"):
