@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from .._compat.modules import Convolution
 from ..config import RegulatorConfig
@@ -143,8 +143,7 @@ def _blocks(flow: Dataflow, root: str, config: RegulatorConfig, trained: Measure
 def _fitted(
     flow: Dataflow, found: Found, root: str, home: str, config: RegulatorConfig, trained: Measured | None
 ) -> Site | str:
-    assert found.read is not None and found.write is not None
-    read, write = entering(found.read), entering(found.write)
+    read, write = (entering(node) for node in found.points)
     read_shape, write_shape = flow.shape(read), flow.shape(write)
     if read_shape is None or write_shape is None or len(read_shape) != len(write_shape):
         return "its read or write point is no image-like tensor"
@@ -154,14 +153,15 @@ def _fitted(
     steps = _steps(pairs)
     if steps is None:
         return f"the grids of its read and write points, {pairs[0][0]} and {pairs[0][1]}, differ by more than a stride"
-    dtype = _dtype(flow, found.write)
+    last = flow.traced.root.get_submodule(str(found.points[1].target))
+    dtype = next(p.dtype for p in last.parameters() if p.dim() > 1)
     if not dtype.is_floating_point:
         return f"its convolutions are of {dtype}, and a regulator computes in real floating-point numbers"
-    known = origin(flow, write, found.write)
+    known = origin(flow, write, found.points[1])
     block = Block(
         name=join(root, home),
-        read=join(root, door(flow, found.read, home)),
-        write=join(root, door(flow, found.write, home)),
+        read=join(root, door(flow, found.points[0], home)),
+        write=join(root, door(flow, found.points[1], home)),
         read_width=read_shape[1],
         write_width=write_shape[1],
         stride=steps[0],
@@ -172,12 +172,6 @@ def _fitted(
         sources=tuple(_rooted(source, root) for source in known.sources),
     )
     return Site(block, write_shape[2:], dtype, found, flow, root)
-
-
-def _dtype(flow: Dataflow, conv: fx.Node) -> torch.dtype:
-    module = flow.traced.module(conv)
-    assert module is not None
-    return next(p.dtype for p in module.parameters() if p.dim() > 1)
 
 
 def _rooted(source: Source, root: str) -> Source:

@@ -100,8 +100,7 @@ def _verdict(site: Site, measured: Measured, ran: _Ran, trained: _Ran | None) ->
 def _missed(site: Site, seen: Observed) -> str:
     """Why the block's own code does not do what the trace says of its points; empty if it does."""
     block, flow = site.block, site.flow
-    assert site.found.read is not None and site.found.write is not None
-    for path, node in ((block.read, site.found.read), (block.write, site.found.write)):
+    for path, node in zip((block.read, block.write), site.found.points, strict=True):
         passes = seen.passes[relative(path, site.root)]
         if len(passes) != 1:
             return f"in its trace it calls {path} once, in a real run {len(passes)} times"
@@ -179,7 +178,7 @@ def _unexplained(differing: Sequence[Site], before: Measured) -> set[str]:
     writes = {str(node.target): node for node in again.graph.nodes if node.op == "call_module"}
     unexplained = set()
     for site in differing:
-        write = writes.get(str(site.found.write and site.found.write.target))
+        write = writes.get(str(site.found.points[1].target))
         same = write is not None and agree(measured, seen, _home(site))
         if not same or origin(flow, entering(write), write).fixed_point != site.block.activation:  # type: ignore[arg-type]
             unexplained.add(site.block.name)

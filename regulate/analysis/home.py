@@ -48,10 +48,9 @@ def unfit(flow: Dataflow, block: Found, root: str, home: str, residuals: int, ta
         return f"{residuals} residual additions stand in this one module, and a regulator needs a module of its own"
     if "forward" in vars(flow.traced.root.get_submodule(home)):
         return "its forward is replaced on the instance"
-    points = {str(node.target) for node in (block.read, block.write) if node is not None}
-    if not all(door(flow, node, home) != home for node in (block.read, block.write) if node is not None):
+    if any(door(flow, node, home) == home for node in block.points):
         return "a convolution at its read or write point is not below the block, which only refers to it"
-    if any(targets[point] > 1 for point in points):
+    if any(targets[str(node.target)] > 1 for node in block.points):
         return "a convolution at its read or write point is called more than once"
     return ""
 

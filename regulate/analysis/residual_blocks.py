@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -29,19 +29,16 @@ class Found:
         addition: the node that adds shortcut and branch.
         before: the nearest residual addition upstream, along the shortcut, if any.
         convolutions: every convolution of the branch, in order.
-        trunk: those that every path passes.
-        read: the convolution whose input feeds the memory.
-        write: the convolution whose input the memory is fused into.
+        points: the convolution whose input feeds the memory, and the one whose input it is fused into; none if the
+            block cannot carry a regulator.
         reason: why the block cannot carry a regulator; empty if it can.
     """
 
     addition: fx.Node
     before: fx.Node | None
     convolutions: tuple[fx.Node, ...]
-    trunk: tuple[fx.Node, ...]
-    read: fx.Node | None = None
-    write: fx.Node | None = None
-    reason: str = ""
+    points: tuple[fx.Node, ...]
+    reason: str
 
 
 def find(flow: Dataflow) -> list[Found]:
@@ -83,7 +80,7 @@ def _block(flow: Dataflow, addition: fx.Node, found: dict[fx.Node, Found]) -> Fo
     if upstream is not None and _something_between(flow, upstream, addition, found):
         upstream = None
     convolutions = tuple(node for node in flow.parents if node in way.branch and flow.is_convolution(node))
-    return _points(flow, Found(addition, upstream, convolutions, trunk))
+    return Found(addition, upstream, convolutions, *_points(flow, trunk, convolutions))
 
 
 @dataclass(frozen=True)
@@ -152,14 +149,14 @@ def _takes_map_first(flow: Dataflow, conv: fx.Node) -> bool:
     return shape is not None and len(shape) > 2
 
 
-def _points(flow: Dataflow, block: Found) -> Found:
-    trunk = block.trunk
+def _points(
+    flow: Dataflow, trunk: Sequence[fx.Node], convolutions: Sequence[fx.Node]
+) -> tuple[tuple[fx.Node, ...], str]:
+    """Return `points` and `reason` of a block; trunk convolutions are those that every path of its branch passes."""
     if not all(_takes_map_first(flow, conv) for conv in trunk):
-        return replace(block, reason="a convolution in it is not called with its map first")
+        return (), "a convolution in it is not called with its map first"
     if len(trunk) >= 2:
-        read, write = trunk[1], trunk[-1]
-    elif len(trunk) == 1 and set(block.convolutions) & flow.ancestors(entering(trunk[0]), trunk[0]):
-        read = write = trunk[0]
-    else:
-        return replace(block, reason="there is no convolution that every path of the branch passes after another one")
-    return replace(block, read=read, write=write)
+        return (trunk[1], trunk[-1]), ""
+    if trunk and set(convolutions) & flow.ancestors(entering(trunk[0]), trunk[0]):
+        return (trunk[0], trunk[0]), ""
+    return (), "there is no convolution that every path of the branch passes after another one"
