@@ -131,19 +131,14 @@ class Dataflow:
 
     def cheapest(self, end: fx.Node, fork: fx.Node) -> tuple[int, list[fx.Node]]:
         """Return the cheapest path from the fork to `end`: its cost and its nodes, from `end` back."""
-        best: dict[fx.Node, tuple[int, fx.Node | None]] = {fork: (0, None)}
+        best: dict[fx.Node, tuple[int, list[fx.Node]]] = {fork: (0, [])}
         way = self.ancestors(end, fork)
         for node in self.parents:
             if node in way:
-                known = [(best[parent][0], parent) for parent in self.parents[node] if parent in best]
-                least, parent = min(known, key=lambda pair: pair[0])
-                best[node] = (least + self.cost(node), parent)
-        path: list[fx.Node] = []
-        at: fx.Node | None = end
-        while at is not None and at is not fork:
-            path.append(at)
-            at = best[at][1]
-        return best[end][0], path
+                known = [best[parent] for parent in self.parents[node] if parent in best]
+                least, path = min(known, key=lambda pair: pair[0])
+                best[node] = (least + self.cost(node), [node, *path])
+        return best[end]
 
     def longest(self, nodes: set[fx.Node]) -> int:
         """Return the most convolutions on one path within a set of nodes: parallel ones are no sequence."""
