@@ -34,15 +34,8 @@ def skeleton(model: nn.Module) -> nn.Module:
         for name, held in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
             for tensor in _tensors(held):
                 memo[id(tensor)] = _weightless(tensor, f"{path}.{name}".lstrip("."))
-    try:
-        with fixed_random_state():  # a copy may be built by a constructor, which draws weights
-            copied = copy.deepcopy(model, memo)
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"regulate works on a copy of the model, but copy.deepcopy({type(model).__name__}) failed: "
-            f"{first_line(error)}; make the model copyable, for instance by removing live handles from its attributes"
-        ) from error
-    _check_separate(model, copied)
+    advice = "make the model copyable, for instance by removing live handles from its attributes"
+    copied = _copied(model, memo, "regulate works on a copy of the model", advice)
     _check_weightless(copied)
     for module in copied.modules():
         if drop_hooks(module):
@@ -66,14 +59,18 @@ def duplicate(model: nn.Module) -> nn.Module:
                     f"{f'{path}.{name}'.lstrip('.')} is, as torch.nn.utils.prune and the old weight_norm leave it; "
                     "make that permanent (prune.remove, remove_weight_norm), delete it, or pass inplace=True"
                 )
+    # Outside of inference mode: a copy that can be trained wherever it was made.
+    with torch.inference_mode(False):
+        return _copied(model, {}, "regulate changes a copy", "pass inplace=True, or remove what cannot be copied")
+
+
+def _copied(model: nn.Module, memo: dict[int, Any], rule: str, advice: str) -> nn.Module:
     try:
-        # Outside of inference mode: a copy that can be trained wherever it was made.
-        with torch.inference_mode(False), fixed_random_state():
-            copied = copy.deepcopy(model)
+        with fixed_random_state():  # a copy may be built by a constructor, which draws weights
+            copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise UnsupportedModelError(
-            f"regulate changes a copy, but copy.deepcopy({type(model).__name__}) failed: {first_line(error)}; pass "
-            "inplace=True, or remove what cannot be copied"
+            f"{rule}, but copy.deepcopy({type(model).__name__}) failed: {first_line(error)}; {advice}"
         ) from error
     _check_separate(model, copied)
     return copied
