@@ -133,11 +133,8 @@ def _blocks(flow: Dataflow, root: str, config: RegulatorConfig, trained: Measure
     for block, home in zip(found, homes, strict=True):
         name = join(root, home)
         reason = block.reason or unfit(flow, block, root, home, shared[home], targets)
-        fitted = "" if reason else _fitted(flow, block, root, home, config, trained)
-        if isinstance(fitted, Site):
-            yield fitted
-        else:
-            yield Skipped(name or str(block.addition.name), reason or fitted)
+        fitted = reason or _fitted(flow, block, root, home, config, trained)
+        yield Skipped(name or str(block.addition.name), fitted) if isinstance(fitted, str) else fitted
 
 
 def _fitted(
