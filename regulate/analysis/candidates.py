@@ -62,13 +62,8 @@ def survey(bare: nn.Module, config: RegulatorConfig, sizes: Sequence[Size], exam
     macs: int | None = 0
     known = recorded(bare, example) if example else {}
     for root, made in traces(bare, known):
-        if isinstance(made, str):
-            reason = "" if root in known else missing_arguments(bare.get_submodule(root))
-            skipped.append(Skipped(root, reason or f"cannot be traced as a whole: {made}"))
-            failed.append(root)
-            continue
         try:
-            measured = _measured(made, sizes, known.get(root))
+            measured = _measured(bare.get_submodule(root), made, sizes, known.get(root))
         except Exception as error:
             skipped.append(Skipped(root, first_line(error)))
             failed.append(root)
@@ -80,7 +75,8 @@ def survey(bare: nn.Module, config: RegulatorConfig, sizes: Sequence[Size], exam
             macs = _added(macs, measured.flops, measured.inputs.image[0])
         sites += [kind for kind in kinds if isinstance(kind, Site)]
         skipped += [kind for kind in kinds if isinstance(kind, Skipped)]
-        skipped += [Skipped(join(root, path), f"cannot be opened: {why}") for path, why in made.closed.items()]
+        closed = measured.traced.closed.items()
+        skipped += [Skipped(join(root, path), f"cannot be opened: {why}") for path, why in closed]
     found = [site.block.name for site in sites]
     # A whole whose parts gave blocks was not left alone.
     left = [s for s in dict.fromkeys(skipped) if not any(name.startswith(s.name and f"{s.name}.") for name in found)]
@@ -92,27 +88,29 @@ def _added(macs: int | None, flops: int | None, images: int) -> int | None:
     return None if macs is None or flops is None else macs + flops // (2 * images)
 
 
-def _measured(made: Trace, sizes: Sequence[Size], known: Inputs | None) -> Measured:
-    """Return what a run of a trace shows.
+def _measured(module: nn.Module, made: Trace | str, sizes: Sequence[Size], known: Inputs | None) -> Measured:
+    """Return what a run of a module's trace shows.
 
     Raises:
-        ValueError: it runs on none; the message is the reason.
+        ValueError: there is no trace but a reason, or it runs on no inputs; the message is the reason.
     """
+    missing = "" if known else missing_arguments(module)
+    if missing:
+        raise ValueError(missing)
+    if isinstance(made, str):
+        raise ValueError(f"cannot be traced as a whole: {made}")
     if known is not None:
         with torch.no_grad():
             try:
                 return measure(made, known)
             except Exception as error:
                 raise ValueError(f"does not run on example_inputs=: {first_line(error)}") from error
-    missing = missing_arguments(made.root)
-    if missing:
-        raise ValueError(missing)
     first = next((m for node in made.graph.nodes if isinstance(m := made.module(node), Convolution)), None)
     if first is None or not made.inputs.tensors:
         raise ValueError(
             "calls no convolution that can be seen; if that depends on its arguments, give example_inputs="
         )
-    dtype = next((p.dtype for p in made.root.parameters() if p.is_floating_point()), torch.float32)
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     failure = ""
     for shape in shapes(first.in_channels, len(first.kernel_size), sizes):
         inputs = made.inputs.replaced(lambda _, x: x.new_empty(shape, dtype=dtype))  # noqa: B023, called at once

@@ -109,15 +109,11 @@ def shapes(channels: int, dims: int, sizes: Sequence[Size]) -> Iterator[tuple[in
         sizes: in the order to try them.
 
     Raises:
-        ValueError: the last size has another number of axes.
+        ValueError: all sizes have another number of axes.
     """
-    for size in sizes:
-        try:
-            grid = size.on(dims)
-        except ValueError:
-            if size is sizes[-1]:
-                raise
-            continue
+    fitting = [size for size in sizes if not isinstance(size.grid, tuple) or len(size.grid) == dims]
+    for size in fitting or sizes:
+        grid = size.on(dims)
         yield from ((2, count, *grid) for count in dict.fromkeys((size.channels, channels, 3, 1)) if count)
 
 
@@ -141,7 +137,7 @@ def _own_sizes(model: nn.Module) -> Iterator[Size]:
         named = [getattr(holder, name, None) for holder in holders for name in _SIZE_NAMES]
         for value in (known, *named):
             try:
-                yield _size(list(value) if isinstance(value, tuple) else value)
+                yield _size(value)
             except (TypeError, ValueError):
                 continue
 

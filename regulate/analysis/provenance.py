@@ -96,7 +96,7 @@ def _is_patched(cls: type[nn.Module]) -> bool:
 def _through_class(flow: Dataflow, node: fx.Node, module: nn.Module, unknown: Origin) -> Origin:
     before = flow.parents[node][0]
     if is_norm(module):
-        return _norm(flow, node, module, unknown)
+        return _norm(node, module, unknown)
     name = f"{type(module).__module__}.{type(module).__qualname__}"
     if type(module) is nn.Identity or _is_pool(module) or name in _POOL_CLASSES:
         return origin(flow, before)
@@ -119,7 +119,7 @@ def _is_plain_hardtanh(module: nn.Module) -> bool:
     return type(module) is nn.Hardtanh and (module.min_val, module.max_val) == (-1.0, 1.0)
 
 
-def _norm(flow: Dataflow, node: fx.Node, module: nn.Module, unknown: Origin) -> Origin:
+def _norm(node: fx.Node, module: nn.Module, unknown: Origin) -> Origin:
     path = str(node.target)
     known = Origin("none", (replace(unknown.sources[0], norm=path),)) if has_running_statistics(module) else unknown
     # A norm with an activation inside: its one child that does something.
