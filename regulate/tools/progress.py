@@ -40,16 +40,15 @@ def _tick(what: str, done: threading.Event) -> None:
 
 def step(what: str, number: int, count: int) -> None:
     """Show which of several equal steps begins, without a thread that would disturb a measurement."""
-    if sys.stderr.isatty():
-        _show(f"{what} {number} of {count}")
+    _show(f"{what} {number} of {count}")
 
 
 def erase() -> None:
     """Take the line away."""
-    if sys.stderr.isatty():
-        _show("")
+    _show("")
 
 
 def _show(text: str) -> None:
-    sys.stderr.write(f"\r\033[K{text}")  # to the line's begin, and erase to its end
-    sys.stderr.flush()
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\033[K{text}")  # to the line's begin, and erase to its end
+        sys.stderr.flush()
