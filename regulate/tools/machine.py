@@ -29,14 +29,12 @@ def _status(name: str) -> int:
 
 def machine(device: str) -> dict[str, Any]:
     """Return the processor, its threads, the versions, the kernels in use and their instruction set."""
-    name = torch.cuda.get_device_name() if device == "cuda" else processor()
-    reason = kernels.why_no_native()
     return {
-        "processor": name,
+        "processor": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "native": reason or "on",
+        "native": kernels.why_no_native() or "on",
         "instruction set": kernels.instruction_set(),
         "kernels": kernels.setting(),
     }

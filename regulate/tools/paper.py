@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
 from .. import Plan, RegulatorConfig, plan
+from ..models.by_name import load_model
 from ..models.cifar import cifar_resnet
 from ..schema.text import table
 
@@ -109,11 +108,8 @@ def count(row: Row) -> Counted:
 
 
 def _plan(row: Row) -> Plan:
-    model: nn.Module
     if row.depth == 50:
-        import timm
-
-        model, size = timm.create_model("resnet50"), 224
+        model, size = load_model("resnet50"), 224
     else:
         model, size = cifar_resnet(row.depth, num_classes=row.classes, reduction=row.reduction), 32
     stages = None if row.stage is None else (row.stage,)
