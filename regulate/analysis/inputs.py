@@ -207,10 +207,8 @@ def missing_arguments(module: nn.Module) -> str:
 
 
 def _is_required(parameter: inspect.Parameter) -> bool:
-    return parameter.default is parameter.empty and parameter.kind not in (
-        parameter.VAR_POSITIONAL,
-        parameter.VAR_KEYWORD,
-    )
+    takes_any = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return parameter.default is parameter.empty and not takes_any
 
 
 def recorded(bare: nn.Module, inputs: Inputs) -> dict[str, Inputs]:

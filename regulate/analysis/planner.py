@@ -193,8 +193,7 @@ def _wanted(stages: list[Stage], config: RegulatorConfig) -> set[int] | None:
     if config.stages is None:
         return None
     there = ", ".join(f"{stage.name!r} ({stage.index})" for stage in stages)
-    places: dict[str | int, int] = {stage.name: stage.index for stage in stages}
-    places.update({stage.index: stage.index for stage in stages})
+    places: dict[str | int, int] = {key: stage.index for stage in stages for key in (stage.name, stage.index)}
     for entry in config.stages:
         if entry not in places:
             raise UnknownStageError(f"there is no stage {entry!r}; this network has {there}, counted from 0")

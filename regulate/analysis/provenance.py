@@ -24,7 +24,7 @@ _POOLS = {F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, 
 _POOLS |= {F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
 # What multiplies by a factor that is positive; alpha dropout shifts besides.
 _RESCALING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_SUMS = tuple(kind for name in ("LPPool1d", "LPPool2d", "LPPool3d") if (kind := getattr(nn, name, None)))
+_SUMS = (nn.LPPool1d, nn.LPPool2d, nn.LPPool3d)
 # Closed modules of other libraries that torch's own classes do not tell, by qualified name.
 _POOL_CLASSES = {"timm.layers.blur_pool.BlurPool2d", "timm.layers.pool2d_same.AvgPool2dSame"}
 _DROP_CLASSES = {"timm.layers.drop.DropBlock2d", "timm.layers.drop.DropPath", "torchvision.ops.drop_block.DropBlock2d"}
