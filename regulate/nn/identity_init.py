@@ -12,9 +12,10 @@ parameters of the norm before it.
 from __future__ import annotations
 
 import copy
-import importlib
 import math
+import pkgutil
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,29 +50,28 @@ def _moments(model: nn.Module, source: Source) -> tuple[Tensor, Tensor]:
     unit = torch.zeros(source.channels, dtype=torch.float64), torch.ones(source.channels, dtype=torch.float64)
     if not source.norm:
         return unit
-    norm = model.get_submodule(source.norm)
+    norm: Any = model.get_submodule(source.norm)
     part = slice(source.start, source.start + source.channels)
-    gamma, beta = (
-        getattr(norm, name)[part] if getattr(norm, name) is not None else None for name in ("weight", "bias")
+    beta, gamma = (
+        default if affine is None else affine.detach()[part]
+        for default, affine in zip(unit, (norm.bias, norm.weight), strict=True)
     )
-    if (gamma is not None and gamma.is_meta) or (beta is not None and beta.is_meta):
+    if beta.is_meta or gamma.is_meta:
         return unit
-    sigma = unit[1] if gamma is None else gamma.detach().double().cpu().abs()
-    center = unit[0] if beta is None else beta.detach().double().cpu()
     try:
-        mean, variance = _after(_activation(model, source.activation), source.activation, center, sigma)
+        mean, variance = _after(model, source.activation, beta.double().cpu(), gamma.double().cpu().abs())
     except Exception:  # the user's own module on numbers that are not its map: too few channels, no copy
         return unit
     half = 0.5**source.gate
     return mean * half, variance * half**2
 
 
-def _after(
-    activation: Callable[[Tensor], Tensor] | None, name: str, center: Tensor, sigma: Tensor
-) -> tuple[Tensor, Tensor]:
-    if name == "relu":
+def _after(model: nn.Module, activation: str, center: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    if activation == "none":
+        return center, sigma**2
+    if activation == "relu":
         return relu_moments(center, sigma)
-    return (center, sigma**2) if activation is None else quadrature_moments(activation, center, sigma)
+    return quadrature_moments(_activation(model, activation), center, sigma)
 
 
 def relu_moments(center: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,18 +111,14 @@ def quadrature_moments(activation: Callable[[Tensor], Tensor], center: Tensor, s
     return mean, (share * (y - mean) ** 2).sum(0)
 
 
-def _activation(model: nn.Module, name: str) -> Callable[[Tensor], Tensor] | None:
+def _activation(model: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
     """Return the activation that a `Source` names, as a float64 function on the CPU."""
-    if name in ("none", "relu"):
-        return None
     kind, _, path = name.partition(":")
     if kind == "module":
         module = copy.deepcopy(model.get_submodule(path)).double().cpu().eval()
         # Not by a call: hooks are for the maps of the network.
         return lambda x: module.forward(x)
-    owner, _, last = path.rpartition(".")
-    home = torch.Tensor if owner == "torch.Tensor" else importlib.import_module(owner)
-    function: Callable[[Tensor], Tensor] = getattr(home, last)
+    function: Callable[[Tensor], Tensor] = pkgutil.resolve_name(path)
     return function
 
 
