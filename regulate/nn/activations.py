@@ -20,11 +20,7 @@ def activate(name: str, fused: Tensor, unfused: Tensor) -> Tensor:
         fused: (N, C, H, W), or any other shape.
         unfused: the map before the fusion, of the same shape.
     """
-    if name == "relu":
-        return with_cut(name, F.relu(fused), unfused)
-    if name == "relu6":
-        return with_cut(name, F.relu6(fused), unfused)
-    return with_cut(name, F.hardtanh(fused), unfused) if name == "hardtanh" else fused
+    return fused if name == "none" else with_cut(name, getattr(F, name)(fused), unfused)
 
 
 def with_cut(name: str, activated: Tensor, unfused: Tensor) -> Tensor:
