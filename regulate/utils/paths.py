@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 
@@ -22,9 +23,6 @@ def is_inside(path: str, root: str) -> bool:
 
 def common_prefix(paths: Sequence[str]) -> str:
     """Return the longest path that all paths lie below."""
-    common = paths[0].split(".") if paths[0] else []
-    for path in paths[1:]:
-        parts = path.split(".")
-        agree = next((i for i, (a, b) in enumerate(zip(common, parts, strict=False)) if a != b), len(parts))
-        common = common[:agree]
-    return ".".join(common)
+    levels = zip(*(path.split(".") for path in paths), strict=False)
+    shared = itertools.takewhile(lambda names: len(set(names)) == 1, levels)
+    return ".".join(names[0] for names in shared)
