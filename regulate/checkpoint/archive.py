@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,40 +41,30 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], record: M
             raise CheckpointError(f"{path} could not be written: {first_line(error)}; is the disk full?") from error
 
 
-class replaced:
-    """A temporary file that takes a path's place when the `with` block ends well, and vanishes if it does not."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(os.path.realpath(path))  # a link stays a link
-        # Not the whole name, which may be as long as a name can be.
-        self.temporary = self.path.with_name(f".{self.path.name[:40]}.{secrets.token_hex(8)}.tmp")
-
-    def __enter__(self) -> Path:
-        if not self.path.parent.is_dir():
-            raise FileNotFoundError(f"there is no folder {self.path.parent}; create it first")
-        if os.path.lexists(self.path) and not self.path.is_file():
-            raise CheckpointError(
-                f"a file is written over a regular file or where there is none, and {self.path} is {_kind(self.path)}; "
-                "give the path of a file"
-            )
-        self.temporary.touch()
-        self.mode = self.temporary.stat().st_mode
-        return self.temporary
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                self.temporary.chmod(self.mode)  # safetensors makes files that only their owner can read
-                _flush(self.temporary)
-                os.replace(self.temporary, self.path)
-                if os.name == "posix":  # elsewhere a folder cannot be opened
-                    _flush(self.path.parent)
-        finally:
-            self.temporary.unlink(missing_ok=True)
-
-
-def _kind(path: Path) -> str:
-    return "a folder" if path.is_dir() else "no regular file"
+@contextmanager
+def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary file that takes a path's place when the `with` block ends well, and vanishes if it does not."""
+    target = Path(os.path.realpath(path))  # a link stays a link
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {target.parent}; create it first")
+    if os.path.lexists(target) and not target.is_file():
+        raise CheckpointError(
+            f"a file is written over a regular file or where there is none, and {target} is "
+            f"{'a folder' if target.is_dir() else 'no regular file'}; give the path of a file"
+        )
+    # Not the whole name, which may be as long as a name can be.
+    temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # safetensors makes files that only their owner can read
+        _flush(temporary)
+        os.replace(temporary, target)
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            _flush(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
