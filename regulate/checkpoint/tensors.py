@@ -27,7 +27,8 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 "it a tensor of its own (.contiguous())"
             )
     for key in () if weightless else _sharing(there, tensors):
-        if not _same(there[key].cpu(), tensors[key]):
+        # One NaN is as good as another.
+        if not torch.allclose(there[key].cpu(), tensors[key], rtol=0, atol=0, equal_nan=True):
             raise CheckpointError(
                 f"{key} shares memory with another tensor here, and holds other values in the file; the saved network "
                 "did not share them: build this one without tied weights"
@@ -39,11 +40,6 @@ def _sharing(there: Mapping[str, Tensor], keys: Iterable[str]) -> list[str]:
     held = {key: there[key].untyped_storage().data_ptr() for key in keys if there[key].numel()}
     count = Counter(held.values())
     return [key for key, address in held.items() if count[address] > 1]
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Check whether two tensors hold the same values; one NaN is as good as another."""
-    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
