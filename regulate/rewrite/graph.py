@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import fx, nn
+from torch.fx.proxy import GraphAppendingTracer
 
-from ..schema.plan import Block, Stage
+from ..schema.plan import Stage
 from ..utils.classes import Forward, Part, become, leave
 from ..utils.paths import join
+from .alignment import aligned
 from .carrier import Chain
 from .disable import is_off
 from .lookup import CHAIN, RECORD, Record
@@ -98,13 +100,15 @@ def _splice(graph: fx.Graph, stage: Stage) -> None:
     """Add a stage's recurrence to a graph: per block cell, fusion, and the state that travels on."""
     calls = {str(node.target): node for node in graph.nodes if node.op == "call_module"}
     cell = f"{stage.blocks[0].name}.regulator.cell"
+    tracer = _Marking(graph)
     state: fx.Node | None = None
     for block in stage.blocks:
         write = calls[block.write]
         x = _entering(write)
         with graph.inserting_before(write):
-            read = _aligned(graph, _entering(calls[block.read]), x, block)
-            step = graph.call_module(cell, (read, state))
+            read = fx.Proxy(_entering(calls[block.read]), tracer)
+            read = aligned(read, fx.Proxy(x, tracer), block.stride, block.crop)
+            step = graph.call_module(cell, (read.node, state))
             both = graph.call_module(f"{block.name}.regulator", (x, step))
             fused = graph.call_function(operator.getitem, (both, 0))
             state = graph.call_function(operator.getitem, (both, 1))
@@ -116,20 +120,11 @@ def _entering(point: fx.Node) -> fx.Node:
     return point.all_input_nodes[0]
 
 
-def _aligned(graph: fx.Graph, read: fx.Node, write: fx.Node, block: Block) -> fx.Node:
-    """Return the read map on the write grid, as `alignment.aligned` brings it there."""
-    if any(step > 1 for step in block.stride):
-        read = _cut(graph, read, (slice(None, None, step) for step in block.stride))
-    if block.crop:
-        sizes = [_marked(graph.call_method("size", (write, axis))) for axis in range(2, 2 + block.dims)]
-        read = _cut(graph, read, (slice(None, size) for size in sizes))
-    return read
+class _Marking(GraphAppendingTracer):
+    """Writes what is computed with its proxies into a graph, and marks it as ours."""
 
-
-def _cut(graph: fx.Graph, x: fx.Node, slices: Iterable[Any]) -> fx.Node:
-    return _marked(graph.call_function(operator.getitem, (x, (Ellipsis, *slices))))  # type: ignore[arg-type]
-
-
-def _marked(node: fx.Node) -> fx.Node:
-    node.meta["regulate"] = True
-    return node
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """As the class's own."""
+        node = super().create_node(*args, **kwargs)
+        node.meta["regulate"] = True
+        return node
