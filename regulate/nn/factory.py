@@ -59,8 +59,8 @@ def build_fusion(config: RegulatorConfig, block: Block, cell: nn.Module | None) 
     )
 
 
-def build_stage(model: nn.Module, stage: Stage, config: RegulatorConfig) -> list[Fusion]:
-    """Return the fusions of a stage, one per block, the first with the stage's cell.
+def build_stage(model: nn.Module, stage: Stage, config: RegulatorConfig) -> dict[str, Fusion]:
+    """Return the fusions of a stage by path of their block, the first with the stage's cell.
 
     Each lies on the device of its block's convolution, in its dtype, and in the block's training mode. The weights
     come from a generator of their own; the global one is left as it was.
@@ -74,7 +74,7 @@ def build_stage(model: nn.Module, stage: Stage, config: RegulatorConfig) -> list
         TypeError: a cell of the user's own breaks the cell protocol.
     """
     first = stage.blocks[0]
-    fusions = []
+    fusions = {}
     with private_rng(config.seed, stage.index):
         cell = build_cell(config, first.read_width, first.dims)
         _check_new(cell, model.get_submodule(first.write))
@@ -84,7 +84,7 @@ def build_stage(model: nn.Module, stage: Stage, config: RegulatorConfig) -> list
             weight = next(p for p in model.get_submodule(block.write).parameters() if p.dim() > 1)
             # First the dtype, in whose rounding the start is exact, then the values, then the device.
             start(fusion.to(weight.dtype), block, model, config.init)
-            fusions.append(fusion.to(weight.device).train(_is_training(model, block)))
+            fusions[block.name] = fusion.to(weight.device).train(_is_training(model, block))
     return fusions
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from torch import fx, nn
@@ -35,27 +36,20 @@ class Switched(Part):
     _regulate_run = staticmethod(run_switched)
 
 
-def install_in_graph(
-    model: fx.GraphModule,
-    path: str,
-    record: Record,
-    fusions: Mapping[str, nn.Module],
-    undo: list[Callable[[], None]],
-) -> None:
+def install_in_graph(model: fx.GraphModule, record: Record, fusions: Mapping[str, nn.Module], undo: ExitStack) -> None:
     """Regulate the stages of a graph. In place; each edit is entered in `undo` before it is made.
 
     Args:
         model: the graph's module.
-        path: its path in the network.
         record: what is done, in paths relative to the graph's module.
-        fusions: the new modules, by path of their block in the network.
+        fusions: the new modules, by path of their block.
         undo: takes what reverses each edit.
     """
     before, edited = model.graph, copy.deepcopy(model.graph)
-    undo.append(lambda: _give_back(model, before, record))
+    undo.callback(_give_back, model, before, record)
     for stage, chain in zip(record.stages, record.chains, strict=True):
         for block in stage.blocks:
-            fusion = fusions[join(path, block.name)]
+            fusion = fusions[block.name]
             model.get_submodule(block.name)._modules["regulator"] = fusion
             vars(fusion)[CHAIN] = chain
             become(fusion, Switched)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Collection
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,19 +14,17 @@ from ..config import RegulatorConfig
 from ..errors import UnsupportedModelError
 from ..nn.factory import build_stage
 from ..nn.regulator import Fusion
-from ..schema.plan import Block, Plan, Stage
+from ..schema.plan import Plan, Stage
 from ..schema.text import first_line
 from ..utils.classes import Part, become, core, is_plain, subclass
 from ..utils.locks import one_at_a_time
-from ..utils.paths import relative
+from ..utils.paths import is_inside, relative
 from .carrier import Chain, Place
 from .graph import install_in_graph, uninstall_from_graph
-from .lookup import PLACE, POINTS, RECORD, Point, Record, chains, containers, regulated_blocks, whole
+from .lookup import PLACE, RECORD, Point, Record, chains, containers, place_of, regulated_blocks, whole
 from .points import Pointed, forget_points, mark
 from .wrapped import Block as RegulatedBlock
 from .wrapped import Container, release
-
-Undo = list[Callable[[], None]]
 
 
 @dataclass(frozen=True)
@@ -55,13 +53,12 @@ class Prepared:
         Args:
             model: the network that this was prepared for, without wrappers, or a copy of it.
         """
-        undo: Undo = []
+        undo = ExitStack()
         try:
-            for path, stages in _by_container(self.plan).items():
-                _install(model, path, stages, self.plan.options, self.fusions, undo)
+            for path in dict.fromkeys(stage.container for stage in self.plan.stages):
+                _install(model, path, self.plan, self.fusions, undo)
         except BaseException:
-            for step in reversed(undo):
-                step()
+            undo.close()
             raise
 
 
@@ -79,18 +76,15 @@ def prepare(model: nn.Module, plan: Plan, config: RegulatorConfig) -> Prepared:
         TypeError: a cell of the user's own breaks the cell protocol.
     """
     for stage in plan.stages:
-        container = model.get_submodule(stage.container)
         for block in stage.blocks:
             _check_name(model.get_submodule(block.name), block.name)
-        if not isinstance(container, fx.GraphModule):
+        if not isinstance(model.get_submodule(stage.container), fx.GraphModule):
             _check_classes(model, stage)
     # The new parameters can be trained wherever regulate was called.
+    fusions: dict[str, Fusion] = {}
     with torch.inference_mode(False), without_global_hooks():
-        fusions = {
-            block.name: fusion
-            for stage in plan.stages
-            for block, fusion in zip(stage.blocks, build_stage(model, stage, config), strict=True)
-        }
+        for stage in plan.stages:
+            fusions |= build_stage(model, stage, config)
     return Prepared(plan, fusions)
 
 
@@ -128,61 +122,44 @@ def _check_class(module: nn.Module, role: type[Part], path: str) -> None:
         ) from error
 
 
-def _by_container(plan: Plan) -> dict[str, list[Stage]]:
-    held: dict[str, list[Stage]] = {}
-    for stage in plan.stages:
-        held.setdefault(stage.container, []).append(stage)
-    return held
-
-
-def _install(
-    model: nn.Module,
-    path: str,
-    stages: Iterable[Stage],
-    options: dict[str, Any],
-    fusions: dict[str, Fusion],
-    undo: Undo,
-) -> None:
+def _install(model: nn.Module, path: str, plan: Plan, fusions: dict[str, Fusion], undo: ExitStack) -> None:
     """Regulate the stages of one container. In place; each edit is entered in `undo` before it is made."""
     container = model.get_submodule(path)
-    stages = tuple(stages)
+    stages = tuple(_below(stage, path) for stage in plan.stages if stage.container == path)
     made = tuple(Chain(f"stage {stage.name}", len(stage.blocks)) for stage in stages)
-    record = Record(tuple(_below(stage, path) for stage in stages), made, options)
+    record = Record(stages, made, plan.options)
+    own = {relative(block, path): fusion for block, fusion in fusions.items() if is_inside(block, path)}
     if isinstance(container, fx.GraphModule):
-        install_in_graph(container, path, record, fusions, undo)
+        install_in_graph(container, record, own, undo)
         return
+    undo.callback(release, container, RECORD)
+    undo.callback(_clear, container, made)
     for stage, chain in zip(stages, made, strict=True):
         for index, block in enumerate(stage.blocks):
-            _install_block(model, block, Place(chain, index, *_geometry(block)), fusions[block.name], undo)
-    undo.append(lambda: release(container, RECORD))
+            read, write = relative(block.read, block.name), relative(block.write, block.name)
+            place = Place(chain, index, block.stride, block.crop, read, write)
+            _install_block(container.get_submodule(block.name), place, own[block.name])
     vars(container)[RECORD] = record
     become(container, Container)
 
 
-def _install_block(model: nn.Module, block: Block, place: Place, fusion: Fusion, undo: Undo) -> None:
-    module = model.get_submodule(block.name)
-
-    def restore() -> None:
-        for point in _points(model, block):
-            forget_points(point, [place.chain])
-        release(module, PLACE)
-        module._modules.pop("regulator", None)
-
-    undo.append(restore)
+def _install_block(block: nn.Module, place: Place, fusion: Fusion) -> None:
+    vars(block)[PLACE] = place
     # Not add_module: a class of the user's own may refuse or watch new attributes.
-    module._modules["regulator"] = fusion
-    vars(module)[PLACE] = place
-    become(module, RegulatedBlock)
-    for path in dict.fromkeys((block.read, block.write)):
-        mark(model.get_submodule(path), Point(place, path == block.read, path == block.write))
+    block._modules["regulator"] = fusion
+    become(block, RegulatedBlock)
+    for path in dict.fromkeys((place.read, place.write)):
+        mark(block.get_submodule(path), Point(place, path == place.read, path == place.write))
 
 
-def _points(model: nn.Module, block: Block) -> list[nn.Module]:
-    return [model.get_submodule(path) for path in dict.fromkeys((block.read, block.write))]
-
-
-def _geometry(block: Block) -> tuple[tuple[int, ...], bool, str, str]:
-    return block.stride, block.crop, relative(block.read, block.name), relative(block.write, block.name)
+def _clear(model: nn.Module, gone: Collection[Chain]) -> None:
+    """Take the regulators of some chains out, and the roles from their blocks and points. In place."""
+    for module in list(model.modules()):
+        forget_points(module, gone)
+        place = place_of(module)
+        if place is not None and place.chain in gone:
+            release(module, PLACE)
+            module._modules.pop("regulator", None)
 
 
 def _below(stage: Stage, path: str) -> Stage:
@@ -220,14 +197,8 @@ def check_removable(model: nn.Module) -> None:
 
 def uninstall(model: nn.Module) -> None:
     """Give every object its class back and take the regulators out. In place; `check_removable` comes first."""
-    held, here = list(containers(model)), chains(model)
-    blocks = [module for _, module in regulated_blocks(model)]
-    points = [module for module in model.modules() if POINTS in vars(module)]
-    for point in points:
-        forget_points(point, here)
-    for block in blocks:
-        release(block, PLACE)
-        block._modules.pop("regulator", None)
+    held = list(containers(model))
+    _clear(model, chains(model))
     for _, container, record in held:
         if isinstance(container, fx.GraphModule):
             uninstall_from_graph(container, record)

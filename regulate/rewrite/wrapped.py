@@ -29,8 +29,8 @@ from .carrier import (
 )
 from .disable import is_off
 from .idle import warn_if_idle
-from .lookup import PLACE, POINTS, RECORD
-from .points import Pointed, check_points
+from .lookup import PLACE, RECORD
+from .points import check_points
 from .recompute import forget_after_backward, is_repeated, note, noted
 
 
@@ -183,4 +183,4 @@ class Container(Part):
 def release(module: nn.Module, attribute: str) -> None:
     """Take one role from a module, and the attribute that goes with it. In place."""
     vars(module).pop(attribute, None)
-    leave(module, {POINTS: Pointed, PLACE: Block, RECORD: Container}[attribute])
+    leave(module, {PLACE: Block, RECORD: Container}[attribute])

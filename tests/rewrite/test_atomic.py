@@ -101,7 +101,7 @@ def run_failing_at(statement, do):
 
     def trace(frame, event, _):
         nonlocal count
-        if not frame.f_code.co_filename.startswith(folder) or frame.f_code.co_name in ("restore", "release", "leave"):
+        if not frame.f_code.co_filename.startswith(folder) or frame.f_code.co_name in ("_clear", "release", "leave"):
             return None
         if event == "line":
             count += 1
