@@ -21,7 +21,7 @@ from ..utils.locks import one_at_a_time
 from ..utils.paths import is_inside, relative
 from .carrier import Chain, Place
 from .graph import install_in_graph, uninstall_from_graph
-from .lookup import PLACE, RECORD, Point, Record, chains, containers, place_of, regulated_blocks, whole
+from .lookup import PLACE, RECORD, Point, Record, chains, containers, place_of, regulated_blocks, renamed, whole
 from .points import Pointed, forget_points, mark
 from .wrapped import Block as RegulatedBlock
 from .wrapped import Container, release
@@ -164,17 +164,8 @@ def _clear(model: nn.Module, gone: Collection[Chain]) -> None:
 
 def _below(stage: Stage, path: str) -> Stage:
     """Return the stage in paths relative to its container; how the start was chosen is of no use any more."""
-    blocks = tuple(
-        replace(
-            block,
-            name=relative(block.name, path),
-            read=relative(block.read, path),
-            write=relative(block.write, path),
-            sources=(),
-        )
-        for block in stage.blocks
-    )
-    return replace(stage, blocks=blocks)
+    blocks = (renamed(block, lambda own: relative(own, path)) for block in stage.blocks)
+    return replace(stage, blocks=tuple(replace(block, sources=()) for block in blocks))
 
 
 def check_removable(model: nn.Module) -> None:

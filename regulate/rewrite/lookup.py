@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import fx, nn
@@ -129,10 +130,12 @@ def check_blocks_are_called(model: nn.Module) -> None:
 def blocks(model: nn.Module) -> list[tuple[Block, ...]]:
     """Return the regulated blocks by stage, under their paths in the model."""
     return [
-        tuple(
-            replace(b, name=join(path, b.name), read=join(path, b.read), write=join(path, b.write))
-            for b in stage.blocks
-        )
+        tuple(renamed(block, partial(join, path)) for block in stage.blocks)
         for path, _, record in containers(model)
         for stage in record.stages
-    ]  # fmt: skip
+    ]
+
+
+def renamed(block: Block, rename: Callable[[str], str]) -> Block:
+    """Return a block with other paths in the place of its own."""
+    return replace(block, name=rename(block.name), read=rename(block.read), write=rename(block.write))
