@@ -64,21 +64,18 @@ def run_block(self: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: 
     entering = repeated or before or Memory(place.chain, _lasting(regulator.cell, self), None, -1, True)
     outer = STACK.top
     frame = Frame(outer, place, regulator, entering.cell, entering.state)
-    finished = False
+    after: Memory | None = None
     try:
         assign(STACK, "top", frame)
         out = forward(self, *args, **kwargs)
-        finished = True
+        # Behind the last block the memory is gone.
+        if place.index + 1 < place.chain.length:
+            repeats, tracked = is_repeated(), torch.is_grad_enabled()
+            after = Memory(place.chain, entering.cell, frame.state, place.index, tracked, repeats, held(out))
     finally:
         assign(STACK, "top", outer)
-        if not finished:
-            replace(place.chain, before, None)
-    repeats, tracked = is_repeated(), torch.is_grad_enabled()
-    after = Memory(place.chain, entering.cell, frame.state, place.index, tracked, repeats, held(out))
-    # Behind the last block the memory is gone.
-    last = place.index + 1 == place.chain.length
-    replace(place.chain, before, None if last else after)
-    if repeats and not last:
+        replace(place.chain, before, after)
+    if after is not None and after.repeated:
         forget_after_backward(after)
     return out
 
