@@ -66,6 +66,7 @@ class Place:
     write: str
 
 
+@dataclass(eq=False)
 class Memory:
     """The state of a chain behind one of its blocks.
 
@@ -79,18 +80,13 @@ class Memory:
         out: what that block put out, as `held` made it.
     """
 
-    def __init__(
-        self,
-        chain: Chain,
-        cell: Any,
-        state: State | None,
-        index: int,
-        tracked: bool,
-        repeated: bool = False,
-        out: TensorWeakRef | None = None,
-    ) -> None:
-        self.chain, self.cell, self.state = chain, cell, state
-        self.index, self.tracked, self.repeated, self.out = index, tracked, repeated, out
+    chain: Chain
+    cell: Any
+    state: State | None
+    index: int
+    tracked: bool
+    repeated: bool = False
+    out: TensorWeakRef | None = None
 
 
 class Scope:
