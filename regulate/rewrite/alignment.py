@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
 from .._compat.autograd import is_tracing
+from ..kernels.reference import State
 
 
 def aligned(read: Any, x: Any, stride: tuple[int, ...], crop: bool) -> Any:
@@ -23,7 +24,7 @@ def aligned(read: Any, x: Any, stride: tuple[int, ...], crop: bool) -> Any:
     return read
 
 
-def fitting(state: tuple[Tensor, ...] | None, read: Any) -> tuple[Tensor, ...] | None:
+def fitting(state: State | None, read: Any) -> State | None:
     """Return the entering state, or None where its maps have another shape: the memory begins anew there."""
     if state is None or not _is_concrete(read) or state[0].shape == read.shape:
         return state

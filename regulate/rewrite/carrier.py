@@ -20,10 +20,9 @@ from .._compat.autograd import saving_hooks
 from .._compat.compiler import assign
 from .._compat.operators import tree_leaves
 from ..errors import BlockCallError
+from ..kernels.reference import State
 from ..kernels.spans import Spans
 from .alignment import aligned, fitting
-
-State = tuple[Tensor, ...]
 
 
 class Chain:
@@ -131,7 +130,7 @@ class _Stack(threading.local):
     def __init__(self) -> None:
         # In each thread anew. On the instance, not the class: torch.compile guards where an attribute lies.
         self.top: Scope | Frame | None = None
-        self.loose: tuple[Memory, ...] = ()
+        self.memories: tuple[Memory, ...] = ()
 
 
 STACK = _Stack()
@@ -167,7 +166,7 @@ def memory_for(chain: Chain, args: Any, repeated: bool) -> Memory | None:
     Raises:
         BlockCallError: passes take turns, and which one the arguments belong to cannot be told.
     """
-    memories = [one for one in _memories(chain) if one.chain is chain and one.repeated == repeated]
+    memories = [one for one in scope_of(chain).memories if one.chain is chain and one.repeated == repeated]
     if len(memories) < 2:
         return memories[0] if memories else None
     entering = first_tensor(args)
@@ -180,20 +179,15 @@ def memory_for(chain: Chain, args: Any, repeated: bool) -> Memory | None:
     )
 
 
-def _memories(chain: Chain) -> tuple[Memory, ...]:
-    scope = scope_of(chain)
-    return scope.memories if isinstance(scope, Scope) else scope.loose
-
-
 def replace(chain: Chain, old: Memory | None, new: Memory | None) -> None:
     """Put a memory in another one's place; None forgets it, and None as the old one begins a pass.
 
     With that, passes that nobody can go on with are forgotten: those that ended, and those whose output is gone.
     """
     scope = scope_of(chain)
-    going = [one for one in _memories(chain) if one is not old and one.index < one.chain.length]
+    going = [one for one in scope.memories if one is not old and one.index < one.chain.length]
     kept = [one for one in going if one.chain is not chain or _lives(one)]
-    assign(scope, "memories" if isinstance(scope, Scope) else "loose", (*kept, *(() if new is None else (new,))))
+    assign(scope, "memories", tuple(kept) if new is None else (*kept, new))
 
 
 def _lives(memory: Memory) -> bool:

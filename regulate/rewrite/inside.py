@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .._compat.autograd import in_checkpoint_function, running_node_number, saving_hooks, sequence_number
 from ..errors import BlockCallError
-from .carrier import Frame, Place, State, first_tensor
+from ..kernels.reference import State
+from .carrier import Frame, Place, first_tensor
 from .disable import is_off
 from .recompute import as_leaf, is_repeated
 

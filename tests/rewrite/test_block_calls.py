@@ -20,7 +20,7 @@ Y = torch.randn(2, 64, 16, 16)
 @pytest.fixture(autouse=True)
 def _nothing_loose():
     """Of passes by hand that other tests gave up."""
-    STACK.loose = ()
+    STACK.memories = ()
 
 
 @pytest.mark.use("torch", "a forward hook on a block: its one input, its output")
@@ -94,7 +94,7 @@ def test_blocks_called_in_order_are_the_stage():
         for one in model.layer1:
             by_hand = one(by_hand)
         assert torch.equal(by_hand, model.layer1(z))
-    assert STACK.loose == ()
+    assert STACK.memories == ()
 
 
 def test_passes_by_hand_that_take_turns_do_not_meet():
@@ -111,7 +111,7 @@ def test_passes_by_hand_that_take_turns_do_not_meet():
         assert torch.equal(stage[2](stage[1](first)), expected[0])
         del second  # given up
         assert torch.equal(stage[2](stage[1](stage[0](inputs[2])) * 1), expected[2])
-    assert STACK.loose == ()
+    assert STACK.memories == ()
 
 
 def test_where_it_cannot_be_told_whose_turn_it_is_a_pass_is_refused():
@@ -179,6 +179,6 @@ def test_a_pass_that_fails_leaves_nothing_behind():
         for one in model.layer1:
             one(Y)
     handle.remove()
-    assert (STACK.top, STACK.loose) == (None, ())
+    assert (STACK.top, STACK.memories) == (None, ())
     with pytest.raises(BlockCallError):
         model.layer1[1](Y)

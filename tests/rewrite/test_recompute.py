@@ -105,7 +105,7 @@ def test_gradients_are_equal_in_float64_with_dropout_and_batch_statistics(way, c
     with set_checkpoint_early_stop(early_stop):
         found = gradients(model, WAYS[way])
     assert_equal(found, expected)
-    assert all(memory.state is None for memory in STACK.loose if memory.chain in chains(model))
+    assert all(memory.state is None for memory in STACK.memories if memory.chain in chains(model))
 
 
 def test_a_containers_own_flag():

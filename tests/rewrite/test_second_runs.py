@@ -94,7 +94,7 @@ def test_checkpointing_by_block_gives_equal_gradients_and_leaves_nothing(form, e
         found = gradients(stage, by_block(stage))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert all(memory.state is None for memory in STACK.loose)
+    assert all(memory.state is None for memory in STACK.memories)
     with pytest.raises(BlockCallError):
         stage[1](Y)
 
