@@ -111,7 +111,5 @@ def _kept_for(place: Place) -> _Kept | None:
     with _lock:
         found = sorted((one for one in _alive if one.place is place), key=lambda one: one.number)
     number = running_node_number()
-    before = [one for one in found if not number or one.number <= number]
-    if before:
-        return before[-1]
-    return found[0] if found else None
+    before = [one for one in found if not number or one.number <= number] or found[:1]
+    return before[-1] if before else None

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from .._compat.autograd import after_backward, in_backward, running_node_number, saving_hooks, sequence_number
-from .._compat.operators import tree_leaves
-from .carrier import Memory, Place
+from .carrier import Memory, Place, first_tensor
 
 _NOTES = "_regulate_notes"
 # An input that is used again and again keeps its last notes only.
@@ -57,9 +56,8 @@ def noted(place: Place, args: Any) -> Memory | None:
     # Where a torch does not tell whether it is inside of one, a note is enough: other runs have inputs of their own.
     if torch.compiler.is_compiling() or in_backward() is False or not place.index:
         return None
-    storage = _storage(args)
     number = running_node_number()
-    notes = [one for one in getattr(storage, _NOTES, ()) if one.place is place]
+    notes = [one for one in getattr(_storage(args), _NOTES, ()) if one.place is place]
     before = [one for one in notes if not number or one.number <= number]
     return before[-1].memory if before else None
 
@@ -79,10 +77,8 @@ def forget_after_backward(memory: Memory) -> None:
 
 def _storage(args: Any) -> Any:
     """Return the storage of a block's first tensor."""
-    for leaf in tree_leaves(args):
-        if isinstance(leaf, Tensor) and not isinstance(leaf, fx.Proxy):
-            try:
-                return leaf.untyped_storage()
-            except (RuntimeError, NotImplementedError):  # tensors without one, as under torch.func
-                return None
-    return None
+    first = first_tensor(args)
+    try:
+        return None if first is None else first.untyped_storage()
+    except (RuntimeError, NotImplementedError):  # tensors without one, as under torch.func
+        return None
