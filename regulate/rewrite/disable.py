@@ -74,8 +74,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         finally:
             _compiled.off = before
         return
-    in_hook = bool(repeated_node())
-    _switch((*_current(in_hook), *found), in_hook)
+    switch = _off_in_hook if repeated_node() else _off
+    _switch(switch, (*switch.get(), *found))
     own = object()
     begun = [chain.off.begin(own) for chain in found]
     try:
@@ -84,15 +84,11 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         for chain, number in zip(found, begun, strict=True):
             chain.off.end(own, number)
         # Not back to what was before: interleaved generators do not end in the order in which they began.
-        _switch(_without(_current(in_hook), found), in_hook)
+        _switch(switch, _without(switch.get(), found))
 
 
-def _current(in_hook: bool) -> tuple[Chain, ...]:
-    return (_off_in_hook if in_hook else _off).get()
-
-
-def _switch(off: tuple[Chain, ...], in_hook: bool) -> None:
-    (_off_in_hook if in_hook else _off).set(off)
+def _switch(switch: ContextVar[tuple[Chain, ...]], off: tuple[Chain, ...]) -> None:
+    switch.set(off)
     if not COMPILER_READS_CONTEXT:
         _compiled.off = off
 
@@ -115,7 +111,6 @@ def _without(off: tuple[Chain, ...], found: tuple[Chain, ...]) -> tuple[Chain, .
     """Return the chains without one entry of each of those found."""
     left = list(off)
     for chain in found:
-        at = next((i for i, one in enumerate(left) if one is chain), None)
-        if at is not None:
-            del left[at]
+        if chain in left:
+            left.remove(chain)
     return tuple(left)
