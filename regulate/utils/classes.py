@@ -116,15 +116,10 @@ def subclass(role: type[Part], own: type[nn.Module]) -> type[nn.Module]:
         members.update(role._regulate_members(own))
         if issubclass(own, fx.GraphModule):
             members.update(_of_graphs(original(own)))
-        _made[role, own] = _class(own, (role, own), members)
+        # Of own's metaclass, but without the code of a metaclass of the user's, which may keep a register.
+        kind = abc.ABCMeta if isinstance(own, abc.ABCMeta) else type
+        _made[role, own] = kind.__new__(type(own), own.__name__, (role, own), members)
     return _made[role, own]
-
-
-def _class(own: type, bases: tuple[type, ...], members: dict[str, Any]) -> type:
-    """Make a class of own's metaclass, without the code of a metaclass of the user's, which may keep a register."""
-    kind = abc.ABCMeta if isinstance(own, abc.ABCMeta) else type
-    made: type = kind.__new__(type(own), own.__name__, bases, members)
-    return made
 
 
 def _wrapping(own: type[nn.Module], run: Callable[..., Any]) -> Forward:
