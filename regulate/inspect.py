@@ -6,9 +6,10 @@ Everything here runs the model in eval mode without gradients and leaves it as f
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +57,26 @@ class _Tape:
     steps: dict[str, Step] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
+    def on_cell(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Begin a step; a forward pre-hook of a cell."""
+        self.read, self.gates = args[0].clone(), {}
+
+    def on_gates(self, names: str, module: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, ...]) -> None:
+        """Take the gates of that step; a forward hook of a gate convolution, as the two below are of their modules."""
+        for gate, value in zip(names, out, strict=True):
+            self.gates[gate] = torch.tanh(value) if gate in TANH_GATES else torch.sigmoid(value)
+
+    def on_fusion(self, block: str, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        """End a step, for which the block's output is not there yet."""
+        assert isinstance(module, Fusion)
+        hidden = out[1][0].clone()
+        share = _share(module, args[0], hidden)
+        self.steps[block] = Step(block, self.read, hidden, torch.empty(0), self.gates, share)
+
+    def on_block(self, block: str, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        """Take the output of a block."""
+        self.outputs[block] = (out if isinstance(out, Tensor) else out[0]).clone()
+
 
 def record(model: nn.Module, images: Tensor) -> dict[str, list[Step]]:
     """Run images through a regulated model and keep every step of its memory.
@@ -79,7 +100,8 @@ def record(model: nn.Module, images: Tensor) -> dict[str, list[Step]]:
     """
     check_blocks_are_called(model)
     tape = _Tape()
-    with in_mode(model, training=False), torch.no_grad(), _taping(unwrapped(model), tape):
+    with in_mode(model, training=False), torch.no_grad(), ExitStack() as hooks:
+        _listen(tape, unwrapped(model), hooks)
         model(images)
     return {
         names[0]: [replace(tape.steps[name], output=tape.outputs[name]) for name in names] for names in stages(model)
@@ -91,54 +113,19 @@ def stages(model: nn.Module) -> list[list[str]]:
     return [[block.name for block in stage] for stage in blocks(unwrapped(model))]
 
 
-@contextmanager
-def _taping(model: nn.Module, tape: _Tape) -> Iterator[None]:
-    with ExitStack() as hooks:
-        for path, fusion in regulators(model):
-            block = path.removesuffix(".regulator")
-            hooks.callback(fusion.register_forward_hook(_on_fusion(tape, block)).remove)
-            hooks.callback(model.get_submodule(block).register_forward_hook(_on_block(tape, block)).remove)
-            cell = getattr(fusion, "cell", None)
-            if cell is not None:
-                hooks.callback(cell.register_forward_pre_hook(_on_cell(tape)).remove)
-                for name, part in cell.named_children():
-                    names = gate_names(cell, name) if isinstance(part, GateConv) else ""
-                    if names:
-                        hooks.callback(part.register_forward_hook(_on_gates(tape, names)).remove)
-        yield
-
-
-def _on_cell(tape: _Tape) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        tape.read, tape.gates = args[0].clone(), {}
-
-    return hook
-
-
-def _on_gates(tape: _Tape, names: str) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, ...]) -> None:
-        for gate, value in zip(names, out, strict=True):
-            tape.gates[gate] = torch.tanh(value) if gate in TANH_GATES else torch.sigmoid(value)
-
-    return hook
-
-
-def _on_fusion(tape: _Tape, block: str) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, tuple[Tensor, ...]]) -> None:
-        assert isinstance(module, Fusion)
-        hidden = out[1][0].clone()
-        # The block's output is not there yet.
-        share = _share(module, args[0], hidden)
-        tape.steps[block] = Step(block, tape.read, hidden, torch.empty(0), tape.gates, share)
-
-    return hook
-
-
-def _on_block(tape: _Tape, block: str) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        tape.outputs[block] = (out if isinstance(out, Tensor) else out[0]).clone()
-
-    return hook
+def _listen(tape: _Tape, model: nn.Module, hooks: ExitStack) -> None:
+    """Let a tape hear what regulators, blocks and gates put out, until the hooks are taken away."""
+    for path, fusion in regulators(model):
+        block = path.removesuffix(".regulator")
+        hooks.enter_context(fusion.register_forward_hook(partial(tape.on_fusion, block)))
+        hooks.enter_context(model.get_submodule(block).register_forward_hook(partial(tape.on_block, block)))
+        cell = getattr(fusion, "cell", None)
+        if cell is not None:
+            hooks.enter_context(cell.register_forward_pre_hook(tape.on_cell))
+            for name, part in cell.named_children():
+                names = gate_names(cell, name) if isinstance(part, GateConv) else ""
+                if names:
+                    hooks.enter_context(part.register_forward_hook(partial(tape.on_gates, names)))
 
 
 def _share(fusion: Fusion, x: Tensor, hidden: Tensor) -> float:
@@ -192,7 +179,6 @@ def similarity(model: nn.Module, images: Tensor) -> dict[str, list[tuple[float, 
         For each stage, by its first block: for each pair of consecutive blocks of equal output shape the
         cosine similarity, mean over images, with the regulators and with `disabled`.
     """
-    check_regulated(model)
     on = outputs(model, images)
     with disabled(model):
         off = outputs(model, images)
@@ -208,8 +194,9 @@ def outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     check_blocks_are_called(model)
     tape = _Tape()
     with in_mode(model, training=False), torch.no_grad(), ExitStack() as hooks:
-        for name in (name for names in stages(model) for name in names):
-            hooks.callback(unwrapped(model).get_submodule(name).register_forward_hook(_on_block(tape, name)).remove)
+        for name in itertools.chain.from_iterable(stages(model)):
+            block = unwrapped(model).get_submodule(name)
+            hooks.enter_context(block.register_forward_hook(partial(tape.on_block, name)))
         model(images)
     return tape.outputs
 
