@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -66,13 +67,17 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Any]]) -> nn
         >>> model = calibrate(regulate(resnet18()), [torch.randn(2, 3, 64, 64)])
     """
     check_regulated(model)
-    fusions = [fusion for _, fusion in regulators(model) if isinstance(fusion, Fusion) and takes_moments(fusion)]
+    fusions = {
+        path.removesuffix(".regulator"): fusion
+        for path, fusion in regulators(model)
+        if isinstance(fusion, Fusion) and takes_moments(fusion)
+    }
     if not fusions:
         raise CalibrationError(
             "calibrate sets the statistics of fusions with a batch norm, and this model has none; its fusions add to "
             "the map and need no statistics"
         )
-    if any(fusion.mix.weight.is_meta for fusion in fusions):
+    if any(fusion.mix.weight.is_meta for fusion in fusions.values()):
         raise CalibrationError(
             "calibrate runs the model, and its tensors are on the meta device; give it memory and weights first "
             "(load_state_dict(assign=True), or to_empty)"
@@ -81,48 +86,41 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Any]]) -> nn
         raise CalibrationError(
             "calibrate runs the regulators, and they are switched off here; call it outside of `with disabled(model)`"
         )
-    if not all(is_settled(fusion) for fusion in fusions):
+    if not all(is_settled(fusion) for fusion in fusions.values()):
         raise CalibrationError(
             "calibrate goes before training, while the fusion's weight is [I | 0], but it has been trained or was "
             'started at random; call it right after regulate(model, init="identity")'
         )
     found = _measured(model, fusions, batches)
-    with all_or_nothing(nn.ModuleList(fusions)):
-        for fusion, moments in zip(fusions, found, strict=True):
-            settle(fusion, *moments)
+    with all_or_nothing(nn.ModuleList(fusions.values())):
+        for block, fusion in fusions.items():
+            settle(fusion, *found[block].result())
     return model
 
 
 def _measured(
-    model: nn.Module, fusions: Sequence[Fusion], batches: Iterable[Tensor | Sequence[Any]]
-) -> list[tuple[Tensor, Tensor]]:
-    """Mean and variance for each fusion, as its norm can hold them."""
+    model: nn.Module, fusions: Mapping[str, Fusion], batches: Iterable[Tensor | Sequence[Any]]
+) -> dict[str, _Moments]:
+    """Return what was measured at each block; mean and variance are such as its norm can hold."""
     if isinstance(batches, Tensor):
         raise TypeError("calibrate takes an iterable of batches, got one tensor; pass a list, [images]")
-    moments = [_Moments() for _ in fusions]
-    handles = [f.register_forward_pre_hook(m) for f, m in zip(fusions, moments, strict=True)]
+    moments = {block: _Moments() for block in fusions}
     device = next(model.parameters()).device
-    try:
-        with in_mode(model, training=False), torch.no_grad():
-            for index, batch in enumerate(batches):
-                model(_images(batch).to(device))
-                _check_finite(model, fusions, moments, f"batch {index}")
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not any(one.count for one in moments):
+    with in_mode(model, training=False), torch.no_grad(), ExitStack() as hooks:
+        for block, fusion in fusions.items():
+            hooks.enter_context(fusion.register_forward_pre_hook(moments[block]))
+        for index, batch in enumerate(batches):
+            model(_images(batch).to(device))
+            _check_finite(fusions, moments, f"batch {index}")
+    missed = [block for block, one in moments.items() if not one.count]
+    if len(missed) == len(moments):
         raise CalibrationError("calibrate measures on data, but got no batch; pass a loader or a list of inputs")
-    missed = [fusion for fusion, one in zip(fusions, moments, strict=True) if not one.count]
     if missed:
         raise CalibrationError(
-            f"calibrate measures at every regulated block, and no batch reached {_block(model, missed[0])}; pass "
-            "batches that the whole network runs on"
+            f"calibrate measures at every regulated block, and no batch reached {missed[0]}; pass batches that the "
+            "whole network runs on"
         )
-    return [one.result() for one in moments]
-
-
-def _block(model: nn.Module, fusion: nn.Module) -> str:
-    return next(path for path, part in regulators(model) if part is fusion).removesuffix(".regulator")
+    return moments
 
 
 def _images(batch: Tensor | Sequence[Any]) -> Tensor:
@@ -135,12 +133,11 @@ def _images(batch: Tensor | Sequence[Any]) -> Tensor:
     return first
 
 
-def _check_finite(model: nn.Module, fusions: Sequence[Fusion], moments: Sequence[_Moments], which: str) -> None:
-    for fusion, one in zip(fusions, moments, strict=True):
-        held: torch.dtype = fusion.mix_norm.running_var.dtype  # type: ignore[union-attr, assignment]
+def _check_finite(fusions: Mapping[str, Fusion], moments: Mapping[str, _Moments], which: str) -> None:
+    for block, one in moments.items():
+        held: torch.dtype = fusions[block].mix_norm.running_var.dtype  # type: ignore[union-attr, assignment]
         if one.count and not all(values.to(held).isfinite().all() for values in one.result()):
             raise CalibrationError(
                 f"calibrate needs finite statistics, and {which} brings NaN, infinity or an overflow into "
-                f"{_block(model, fusion)}; nothing was changed; look at the input, or calibrate in float32 and "
-                "convert afterwards"
+                f"{block}; nothing was changed; look at the input, or calibrate in float32 and convert afterwards"
             )

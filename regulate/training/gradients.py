@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class GradientWatch:
         for path, cell in cells.items():
             for parameter in cell.parameters():  # type: ignore[operator, union-attr]
                 if parameter.requires_grad:
-                    self.handles.append(parameter.register_post_accumulate_grad_hook(self._heard(path)))
+                    self.handles.append(parameter.register_post_accumulate_grad_hook(partial(self._heard, path)))
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -45,12 +45,9 @@ class GradientWatch:
             handle.remove()
         self.handles.clear()
 
-    def _heard(self, path: str) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            if path in self.silent and parameter.grad is not None and bool(parameter.grad.any()):
-                self.silent.discard(path)
-
-        return hook
+    def _heard(self, path: str, parameter: Tensor) -> None:
+        if path in self.silent and parameter.grad is not None and bool(parameter.grad.any()):
+            self.silent.discard(path)
 
     def _count(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         if not (model.training and torch.is_grad_enabled()):
