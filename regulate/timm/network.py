@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from .. import Block, Plan, is_regulated, regulator_state_dict
@@ -37,10 +37,8 @@ class Network(Part):
         """As `nn.Module.load_state_dict`. A state that knows no regulators leaves them at their start."""
         if not _is_plain_state(self, state_dict):
             return super().load_state_dict(state_dict, *args, **kwargs)
-        whole = type(state_dict)(state_dict)  # type: ignore[call-arg]
+        whole = copy.copy(state_dict)  # with its _metadata
         whole.update(regulator_state_dict(self))  # type: ignore[attr-defined]
-        if hasattr(state_dict, "_metadata"):
-            whole._metadata = state_dict._metadata  # type: ignore[attr-defined]
         result = super().load_state_dict(whole, *args, **kwargs)
         restart(self)
         return result
@@ -55,9 +53,7 @@ class Initialised(Network):
             return super().init_weights(*args, **kwargs)  # type: ignore[misc]
         before = {key: value.clone() for key, value in regulator_state_dict(self).items()}
         result = super().init_weights(*args, **kwargs)  # type: ignore[misc]
-        with torch.no_grad():
-            for key, value in regulator_state_dict(self).items():
-                value.copy_(before[key])
+        super().load_state_dict(before, strict=False)
         restart(self)
         return result
 
@@ -83,5 +79,4 @@ def _is_plain_state(model: nn.Module, state: Mapping[str, Any]) -> bool:
     roots = tuple(path for path, _ in regulators(model))
     blocks = tuple(root.removesuffix("regulator") for root in roots)
     own = [key for key in model.state_dict() if key.startswith(blocks)]
-    of_regulators = [key for key in own if key.startswith(roots)]
-    return bool(roots) and all((key in state) != (key in of_regulators) for key in own)
+    return bool(roots) and all((key in state) != key.startswith(roots) for key in own)

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-import torch
 from timm.models import load_pretrained
 from torch import Tensor, nn
 
@@ -71,9 +70,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, partial: bool) -> N
             f"pretrained weights with regulators fill a network that was regulated alike, and {differing[0]} is not "
             "the same there; pass the options that theirs was made with (cell=..., stages=...)"
         )
-    with torch.no_grad():
-        for key, value in wanted.items():
-            own[key].copy_(value)
+    model.load_state_dict(wanted, strict=False)
 
 
 def _plain(key: str) -> str:
