@@ -34,16 +34,12 @@ def prepared_for(model: nn.Module, tensors: Mapping[str, Tensor], input_size: An
     drawn = make_plan(model, config, input_size, example_inputs)
     config = of_blocks(drawn, config, tensors.keys())
     _check_form(drawn, config, tensors.keys())
-    made = (_with_norm(model, norm, config, input_size, example_inputs) for norm in CHOICES["norm"])
+    configs = (replace(config, norm=norm) for norm in CHOICES["norm"])
+    made = (prepare(model, make_plan(model, one, input_size, example_inputs), one) for one in configs)
     first = next(made)  # which follows the block's own norm
     prepared = next((one for one in chain([first], made) if {*base, *one.state_dict()} == tensors.keys()), first)
     check_tensors({**base, **prepared.state_dict()}, tensors)
     return prepared
-
-
-def _with_norm(model: nn.Module, norm: str, config: RegulatorConfig, input_size: Any, example_inputs: Any) -> Prepared:
-    config = replace(config, norm=norm)
-    return prepare(model, make_plan(model, config, input_size, example_inputs), config)
 
 
 def _check_form(planned: Plan, config: RegulatorConfig, keys: Collection[str]) -> None:

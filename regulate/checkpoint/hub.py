@@ -19,7 +19,7 @@ from ..schema.text import first_line
 from ..utils.classes import original
 from .archive import replaced
 from .card import model_card
-from .compatibility import REGULATED, differences
+from .compatibility import REGULATED, differences, identity
 from .save_load import load, options_of, save
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -60,8 +60,7 @@ def save_pretrained(
     """
     check_regulated(model)
     model = unwrapped(model)
-    card = getattr(model, "pretrained_cfg", None)
-    if not isinstance(card, Mapping) or not card.get("architecture"):
+    if not identity(model)["timm"]:
         raise UnsupportedModelError(
             f"save_pretrained writes down networks that timm can rebuild, and timm did not build this "
             f"{type(model).__name__}; use save(model, path), and load(network, path) on one that you build"
@@ -103,7 +102,8 @@ def from_pretrained(
         FileNotFoundError: there is no such folder, or a file of it is missing.
         CheckpointError: config.json or model.safetensors is damaged, foreign, or does not fit the other.
     """
-    config_path, weights = (_located(source, name, revision, cache_dir, token) for name in (CONFIG, WEIGHTS))
+    of_hub = {"revision": revision, "cache_dir": cache_dir, "token": token}
+    config_path, weights = (_located(source, name, of_hub) for name in (CONFIG, WEIGHTS))
     try:
         model = _build(json.loads(config_path.read_text()))
     except (OSError, CheckpointError):
@@ -113,9 +113,7 @@ def from_pretrained(
     return load(model, weights, inplace=True).eval()
 
 
-def _located(
-    source: str | Path, name: str, revision: str | None, cache_dir: str | Path | None, token: str | None
-) -> Path:
+def _located(source: str | Path, name: str, of_hub: dict[str, Any]) -> Path:
     folder = Path(source)
     if folder.is_dir():
         return folder / name
@@ -123,7 +121,7 @@ def _located(
         raise FileNotFoundError(f"there is no folder {source}, and a repository on the hub is named owner/name")
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(str(source), name, revision=revision, cache_dir=cache_dir, token=token))
+    return Path(hf_hub_download(str(source), name, **of_hub))
 
 
 def _build(config: Any) -> nn.Module:
