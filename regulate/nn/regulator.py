@@ -27,10 +27,9 @@ def build_norm(norm: Norm, channels: int, dims: int, rectified: bool = False) ->
         dims: number of spatial axes.
         rectified: a ReLU follows; a batch norm of images then does that as well.
     """
-    if norm.kind == "batch" and dims == 2 and rectified:
-        return BatchNormReLU2d(channels, eps=norm.eps, momentum=norm.momentum)
     if norm.kind == "batch":
-        return _BATCH[dims](channels, eps=norm.eps, momentum=norm.momentum)
+        kind = BatchNormReLU2d if dims == 2 and rectified else _BATCH[dims]
+        return kind(channels, eps=norm.eps, momentum=norm.momentum)
     if norm.kind == "group":
         return nn.GroupNorm(math.gcd(norm.groups, channels), channels, eps=norm.eps)
     return nn.Identity()
