@@ -89,11 +89,8 @@ def prepare(model: nn.Module, plan: Plan, config: RegulatorConfig) -> Prepared:
 
 
 def _check_name(module: nn.Module, path: str) -> None:
-    try:
-        taken = hasattr(module, "regulator")
-    except Exception:  # a property of that name that cannot be read now
-        taken = True
-    if taken:
+    # Not hasattr: a property of that name may be unreadable now.
+    if "regulator" in dir(module):
         raise UnsupportedModelError(
             f"regulate adds a submodule called `regulator` to each block, and {path} ({type(module).__name__}) has "
             "something of that name; rename it"

@@ -84,8 +84,7 @@ def _regulator(block: nn.Module, place: Place) -> nn.Module:
     """Return the block's fusion, in the first block with the cell of the stage."""
     found = block._modules.get("regulator")
     # An attribute, not a child: a wrapper in the fusion's place, such as peft's modules_to_save, hands it on.
-    whole = found is not None and (place.index > 0 or getattr(found, "cell", None) is not None)
-    if found is None or not whole:
+    if found is None or (place.index == 0 and getattr(found, "cell", None) is None):
         raise BlockCallError(
             f"block {place.index} of {place.chain.name} calls its {'regulator' if found is None else 'cell'}, which "
             "was removed; call unregulate(model) to take regulators out, and disabled(model) to switch them off"
