@@ -22,9 +22,8 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
         model: what the body changes in place.
     """
     modules = [(module, type(module), _contents(module)) for module in model.modules()]
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     # A clone of an expanded view has the view's shape, and memory of its own.
-    values = [(t, t.detach().clone(), t.requires_grad) for t in tensors.values()]
+    values = [(t, t.detach().clone(), t.requires_grad) for t in (*model.parameters(), *model.buffers())]
     try:
         yield
     except BaseException:
