@@ -15,9 +15,8 @@ from ._compat.operators import tree_leaves
 from .api import plan, regulate
 from .config import RegulatorConfig
 from .nn.cells import GateConv
-from .nn.factory import private_rng
 from .rewrite.guard import regulators
-from .utils.modes import in_mode
+from .utils.modes import in_mode, private_rng
 
 TOLERANCE = 1e-5
 

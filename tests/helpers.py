@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 from regulate import regulate
 from regulate.models.by_name import load_model
 from regulate.models.cifar import CifarBlock, cifar_resnet
-from regulate.nn.factory import private_rng
 from regulate.rewrite.guard import regulators
 from regulate.testing import example_inputs, perturb
+from regulate.utils.modes import private_rng
 
 
 def network(name: str, size: int = 64) -> nn.Module:

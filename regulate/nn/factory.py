@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from ..config import RegulatorConfig
 from ..schema.plan import Block, Stage
 from ..schema.text import first_line
-from ..utils.modes import in_mode
+from ..utils.modes import in_mode, private_rng
 from .cells import CELLS
 from .identity_init import moments, settle
 from .regulator import Fusion
@@ -95,16 +94,6 @@ def _is_training(model: nn.Module, block: Block) -> bool:
     """
     module = model.get_submodule(block.name)
     return (model.get_submodule(block.write) if type(module) is nn.Module else module).training
-
-
-@contextmanager
-def private_rng(seed: int | None, salt: int) -> Iterator[None]:
-    """Seed the CPU generator for the body and put it back. `None` takes `torch.initial_seed()`."""
-    base = torch.initial_seed() if seed is None else seed
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would seed the GPU generators as well.
-        torch.default_generator.manual_seed((base + salt) % 2**63)
-        yield
 
 
 def start(fusion: Fusion, block: Block, model: nn.Module, init: str) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 
 from .. import Block, Plan, is_regulated, regulator_state_dict
-from ..nn.factory import private_rng, start
+from ..nn.factory import start
 from ..rewrite.lookup import regulators
 from ..utils.classes import Part, become
+from ..utils.modes import private_rng
 
 _START = "_regulate_start"
 

@@ -25,6 +25,16 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
+def private_rng(seed: int | None, salt: int) -> Iterator[None]:
+    """Seed the CPU generator for the body and put it back. `None` takes `torch.initial_seed()`."""
+    base = torch.initial_seed() if seed is None else seed
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would seed the GPU generators as well.
+        torch.default_generator.manual_seed((base + salt) % 2**63)
+        yield
+
+
+@contextmanager
 def fixed_random_state() -> Iterator[None]:
     """Run the body with the same random numbers each time: Python's, numpy's and those of torch's CPU generator.
 
@@ -32,11 +42,9 @@ def fixed_random_state() -> Iterator[None]:
     """
     python, arrays = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with private_rng(0, 0):
             random.seed(0)
             np.random.seed(0)
-            # Not torch.manual_seed, which would seed the GPU generators as well.
-            torch.default_generator.manual_seed(0)
             yield
     finally:
         random.setstate(python)

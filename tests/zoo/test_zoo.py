@@ -21,8 +21,8 @@ from regulate.analysis.inputs import sizes
 from regulate.analysis.meta_copy import skeleton
 from regulate.config import RegulatorConfig
 from regulate.models.by_name import load_model
-from regulate.nn.factory import private_rng
 from regulate.testing import distance, example_inputs, perturb, verify_pair
+from regulate.utils.modes import private_rng
 
 from . import models_page
 from .architectures import BY_HAND, COUNTS, SAMPLE, TIMM_FILES, TOO_LARGE
