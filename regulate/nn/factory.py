@@ -49,7 +49,7 @@ def build_fusion(config: RegulatorConfig, block: Block, cell: nn.Module | None) 
         block.read_width,
         block.write_width,
         block.norm,
-        normalise=not residual and block.norm.kind != "none",
+        normalise=not residual,
         # Without running statistics no affine makes norm(x) the identity: there x is added instead.
         skip=residual or block.norm.kind != "batch",
         activation=block.activation,
@@ -105,16 +105,14 @@ def start(fusion: Fusion, block: Block, model: nn.Module, init: str) -> None:
         model: the network, which is only read.
         init: the option.
     """
-    normalised = not isinstance(fusion.mix_norm, nn.Identity)
     with torch.no_grad():
         fusion.mix.weight.normal_(std=1 / math.sqrt(fusion.mix.in_channels))
         if init == "random":
             return
-        if fusion.skip and normalised:
-            for affine in fusion.mix_norm.parameters():
-                affine.zero_()
-        elif fusion.skip:
-            fusion.mix.weight.zero_()
+        if fusion.skip:
+            # Without a norm of the fused map the weight itself is zero.
+            for tensor in tuple(fusion.mix_norm.parameters()) or (fusion.mix.weight,):
+                tensor.zero_()
         else:
             sources = block.sources if init == "identity" else ()
             settle(fusion, *moments(model, sources, block.write_width))
