@@ -41,11 +41,10 @@ class Prepared:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the new tensors, under the names that they will have."""
-        return {
-            f"{block}.regulator.{key}": value
-            for block, fusion in self.fusions.items()
-            for key, value in fusion.state_dict().items()
-        }
+        state: dict[str, Tensor] = {}
+        for block, fusion in self.fusions.items():
+            fusion.state_dict(destination=state, prefix=f"{block}.regulator.")
+        return state
 
     def install(self, model: nn.Module) -> None:
         """Carry the rewrite out, once. If that fails, everything that was done is undone.
