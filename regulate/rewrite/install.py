@@ -168,11 +168,11 @@ def check_removable(model: nn.Module) -> None:
     """Raise UnsupportedModelError where another tool has changed a class since, or for a part of a stage."""
     # With its container, or without one: somebody may have put the blocks into another.
     known = {chain for _, _, record in containers(model) for chain in record.chains} | whole(model)
-    for path, block in regulated_blocks(model):
-        if vars(block)[PLACE].chain not in known:
+    for path, place in regulated_blocks(model):
+        if place.chain not in known:
             raise UnsupportedModelError(
                 f"a stage is taken apart as a whole, and {path or 'this module'} is one block of "
-                f"{vars(block)[PLACE].chain.name}; call unregulate on the module that runs all of it"
+                f"{place.chain.name}; call unregulate on the module that runs all of it"
             )
     for path, module in model.named_modules():
         if not is_plain(module):

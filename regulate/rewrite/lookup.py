@@ -64,9 +64,9 @@ def containers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Record]]:
             yield path, module, record
 
 
-def regulated_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield path and module of every regulated block."""
-    return ((path, module) for path, module in model.named_modules() if place_of(module) is not None)
+def regulated_blocks(model: nn.Module) -> Iterator[tuple[str, Place]]:
+    """Yield path and place of every regulated block."""
+    return ((path, place) for path, module in model.named_modules() if (place := place_of(module)) is not None)
 
 
 def chains(model: nn.Module) -> tuple[Chain, ...]:
@@ -111,8 +111,7 @@ def check_regulated(model: nn.Module) -> None:
 def whole(model: nn.Module) -> set[Chain]:
     """Return the chains of which every block is in the model, at its place."""
     at: dict[Chain, set[int]] = {}
-    for _, block in regulated_blocks(model):
-        place: Place = vars(block)[PLACE]
+    for _, place in regulated_blocks(model):
         at.setdefault(place.chain, set()).add(place.index)
     return {chain for chain, indices in at.items() if len(indices) == chain.length}
 
