@@ -24,16 +24,13 @@ from .disable import is_off
 from .lookup import CHAIN, RECORD, Record
 
 
-def run_switched(self: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a fusion, or hand its input through while its chain is switched off."""
-    chain: Chain | None = self.__dict__.get(CHAIN)
-    return args if chain is not None and is_off(chain) else forward(self, *args, **kwargs)
-
-
 class Switched(Part):
     """A fusion that is called by a graph: it asks itself whether it is switched off."""
 
-    _regulate_run = staticmethod(run_switched)
+    def _regulate_run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a fusion, or hand its input through while its chain is switched off."""
+        chain: Chain | None = self.__dict__.get(CHAIN)
+        return args if chain is not None and is_off(chain) else forward(self, *args, **kwargs)
 
 
 def install_in_graph(model: fx.GraphModule, record: Record, fusions: Mapping[str, nn.Module], undo: ExitStack) -> None:

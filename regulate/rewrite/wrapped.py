@@ -34,52 +34,6 @@ from .points import check_points
 from .recompute import forget_after_backward, is_repeated, note, noted
 
 
-def run_container(self: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a container's own forward with memories that end with it, however it ends."""
-    record = self.__dict__.get(RECORD)
-    if record is None:  # a slice of a Sequential, made anew from its class
-        return forward(self, *args, **kwargs)
-    outer = STACK.top
-    try:
-        assign(STACK, "top", Scope(outer, self, record.chains))
-        return forward(self, *args, **kwargs)
-    finally:
-        assign(STACK, "top", outer)
-
-
-def run_block(self: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a block's own forward with a frame in which its read and write points meet."""
-    place: Place | None = self.__dict__.get(PLACE)
-    if place is None or is_off(place.chain):
-        return forward(self, *args, **kwargs)
-    check_points(self, place)
-    regulator = _regulator(self, place)
-    if place.index == 0:
-        warn_if_idle(regulator, place.chain)
-    repeated = noted(place, (args, kwargs))
-    if (repeated or place.index == 0) and is_repeated():
-        # What second runs of later blocks left would hold their maps while this one makes its own.
-        replace(place.chain, None, None)
-    before = None if repeated else _before(place, (args, kwargs))
-    entering = repeated or before or Memory(place.chain, _lasting(regulator.cell, self), None, -1, True)
-    outer = STACK.top
-    frame = Frame(outer, place, regulator, entering.cell, entering.state)
-    after: Memory | None = None
-    try:
-        assign(STACK, "top", frame)
-        out = forward(self, *args, **kwargs)
-        # Behind the last block the memory is gone.
-        if place.index + 1 < place.chain.length:
-            repeats, tracked = is_repeated(), torch.is_grad_enabled()
-            after = Memory(place.chain, entering.cell, frame.state, place.index, tracked, repeats, held(out))
-    finally:
-        assign(STACK, "top", outer)
-        replace(place.chain, before, after)
-    if after is not None and after.repeated:
-        forget_after_backward(after)
-    return out
-
-
 def _regulator(block: nn.Module, place: Place) -> nn.Module:
     """Return the block's fusion, in the first block with the cell of the stage."""
     found = block._modules.get("regulator")
@@ -167,13 +121,53 @@ def _reentrant(place: Place) -> str:
 class Block(HidesRegulator):
     """A regulated block: a call of it runs one step of the memory."""
 
-    _regulate_run = staticmethod(run_block)
+    def _regulate_run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a block's own forward with a frame in which its read and write points meet."""
+        place: Place | None = self.__dict__.get(PLACE)
+        if place is None or is_off(place.chain):
+            return forward(self, *args, **kwargs)
+        check_points(self, place)
+        regulator = _regulator(self, place)
+        if place.index == 0:
+            warn_if_idle(regulator, place.chain)
+        repeated = noted(place, (args, kwargs))
+        if (repeated or place.index == 0) and is_repeated():
+            # What second runs of later blocks left would hold their maps while this one makes its own.
+            replace(place.chain, None, None)
+        before = None if repeated else _before(place, (args, kwargs))
+        entering = repeated or before or Memory(place.chain, _lasting(regulator.cell, self), None, -1, True)
+        outer = STACK.top
+        frame = Frame(outer, place, regulator, entering.cell, entering.state)
+        after: Memory | None = None
+        try:
+            assign(STACK, "top", frame)
+            out = forward(self, *args, **kwargs)
+            # Behind the last block the memory is gone.
+            if place.index + 1 < place.chain.length:
+                repeats, tracked = is_repeated(), torch.is_grad_enabled()
+                after = Memory(place.chain, entering.cell, frame.state, place.index, tracked, repeats, held(out))
+        finally:
+            assign(STACK, "top", outer)
+            replace(place.chain, before, after)
+        if after is not None and after.repeated:
+            forget_after_backward(after)
+        return out
 
 
 class Container(Part):
     """A module that runs regulated stages: a call of it begins and ends their memory."""
 
-    _regulate_run = staticmethod(run_container)
+    def _regulate_run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a container's own forward with memories that end with it, however it ends."""
+        record = self.__dict__.get(RECORD)
+        if record is None:  # a slice of a Sequential, made anew from its class
+            return forward(self, *args, **kwargs)
+        outer = STACK.top
+        try:
+            assign(STACK, "top", Scope(outer, self, record.chains))
+            return forward(self, *args, **kwargs)
+        finally:
+            assign(STACK, "top", outer)
 
 
 def release(module: nn.Module, attribute: str) -> None:
