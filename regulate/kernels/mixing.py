@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._compat.autograd import saving_hooks
 from .._compat.compiler import is_exporting
 from .choose import eager_on_cpu
+from .norm import Source, source_of
 
 Maybe = Tensor | None
 
@@ -35,7 +37,16 @@ def mixed(x: Tensor, h: Tensor, weight: Tensor, bias: Maybe = None) -> Maybe:
         return None
     if weight.shape[1:] != (x.shape[1] + h.shape[1], 1, 1) or _format(x) is None:
         return None
-    return _Mix.apply(x, h, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+    return _Mix.apply(x, h, weight, bias, *_kept_instead(h))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _kept_instead(h: Tensor) -> tuple[Any, ...]:
+    """Return what h is to be made of again for the gradient of the weights, the fields of a `Source`, or nothing.
+
+    In gradient checkpointing nobody but this convolution would keep h; what it was made of is kept by its norm.
+    """
+    source = source_of(h) if torch.is_grad_enabled() and saving_hooks() is not None else None
+    return () if source is None else (source.x, source.weight, source.bias, source.eps)
 
 
 def joined(x: Tensor, h: Tensor) -> Tensor:
@@ -69,8 +80,9 @@ def _format(x: Tensor) -> torch.memory_format | None:
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, h: Tensor, weight: Tensor, bias: Maybe) -> Tensor:
-        ctx.save_for_backward(x, h, weight)
+    def forward(ctx: Any, x: Tensor, h: Tensor, weight: Tensor, bias: Maybe, *source: Any) -> Tensor:
+        ctx.save_for_backward(x, weight, *(source[:-1] or (h,)))
+        ctx.eps = source[-1:]
         of_x, of_h = _halves(weight, x.shape[1])
         if _format(x) == torch.channels_last:
             flat = torch.mm(_rows(x), of_x.t()) if bias is None else torch.addmm(bias, _rows(x), of_x.t())
@@ -83,14 +95,17 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Maybe, ...]:
         # In torch's operations on what was given, so that it can be differentiated again.
-        x, h, weight = ctx.saved_tensors
+        x, weight, h, *norm = ctx.saved_tensors
+        if norm and ctx.needs_input_grad[2]:
+            h = Source(h, *norm, *ctx.eps).again()
         last = _format(x) == torch.channels_last
         dy = dy.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
         halves = zip((x, h), _halves(weight, x.shape[1]), ctx.needs_input_grad, strict=False)
         maps = [(_spread_last if last else _spread)(dy, part, t) if needed else None for t, part, needed in halves]
         sums = [(_sums_last if last else _sums)(dy, t) for t in (x, h)] if ctx.needs_input_grad[2] else []
         dbias = dy.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None
-        return *maps, torch.cat(sums, 1).view_as(weight) if sums else None, dbias
+        dweight = torch.cat(sums, 1).view_as(weight) if sums else None
+        return *maps, dweight, dbias, *(None for _ in ctx.needs_input_grad[4:])
 
 
 def _halves(weight: Tensor, m: int) -> tuple[Tensor, Tensor]:

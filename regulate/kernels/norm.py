@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
 from .addresses import has_address
 from .choose import native_here
 from .cpu.library import call, channels_last, chunks
+
+_SOURCE = "_regulate_source"
 
 
 def norm_relu(norm: nn.BatchNorm2d, x: Tensor, unfused: Tensor | None = None) -> Tensor | None:
@@ -41,6 +45,40 @@ def norm_relu(norm: nn.BatchNorm2d, x: Tensor, unfused: Tensor | None = None) ->
         return None
     # torch's norm says what is wrong with a single value.
     return _in_training(norm, _dense(x), unfused) if x.numel() > x.shape[1] else None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What `norm_relu` made a map of, and can make it of again.
+
+    Args:
+        x: the map before the norm, (N, C, H, W).
+        weight: (C,).
+        bias: (C,).
+        eps: the norm's.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def again(self) -> Tensor:
+        """Return the map, to the bit; running statistics stay."""
+        if _readable(self.x, self.weight, self.bias):
+            y, _ = _NormReLU.apply(_dense(self.x), self.weight, self.bias, self.eps, None)  # type: ignore[no-untyped-call]
+            return y  # type: ignore[no-any-return]
+        # Hooks of saved tensors brought back something else.
+        return F.relu(F.batch_norm(self.x, None, None, self.weight, self.bias, True, 0.0, self.eps))
+
+
+def source_of(y: Tensor) -> Source | None:
+    """Return what a map was made of; None if `norm_relu` has not made it from one map, or it was changed since."""
+    made_of = getattr(y.grad_fn, _SOURCE, None)
+    if made_of is None or y._version:
+        return None
+    x, weight, bias = (reference() for reference in made_of[:-1])
+    return Source(x, weight, bias, made_of[-1]) if x is not None and weight is not None and bias is not None else None
 
 
 def _readable(x: Tensor, *values: Tensor) -> bool:
@@ -92,6 +130,9 @@ class _NormReLU(torch.autograd.Function):
         _call("regulate_norm_relu", x, x, weight, bias, eps, _as(x, unfused), stats, below, y)
         ctx.save_for_backward(x, weight, bias, stats, unfused if below.item() else None)
         ctx.eps = eps
+        if unfused is None:
+            # Weakly: what is kept for the backward pass is for the hooks of saved tensors to decide.
+            setattr(ctx, _SOURCE, (*map(TensorWeakRef, (x, weight, bias)), eps))
         ctx.mark_non_differentiable(stats)
         return y, stats
 

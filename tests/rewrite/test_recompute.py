@@ -208,5 +208,6 @@ def test_a_state_is_kept_once_a_segment_and_one_segment_at_a_time_is_computed_ag
         before, after = measured(plain, WAYS[way]), measured(regulated[cell], WAYS[way])
     kept, most = after[0] - before[0], after[1] - before[1]
     assert kept < states * maps + 0.1
-    # H as the cell made it, H behind the norm, and the map before and behind the fusion's norm; C of an LSTM.
-    assert most < blocks * (3 + maps) + 0.1
+    # H as the cell made it, and the map before and behind the fusion's norm; C of an LSTM. H behind its norm only where
+    # another block of the segment goes on with it.
+    assert most < blocks * (3 + maps) - (blocks == 1) + 0.1
