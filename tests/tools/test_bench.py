@@ -86,6 +86,7 @@ def test_the_command(tmp_path, capsys):
     [
         ("bench_profile.py cifar/20 --cell rnn --train --batch 2 --size 16 --rounds 1 --lines 99", "_StepBackward"),
         ("bench_rewrite.py cifar/20", "cifar/20"),
+        ("bench_memory.py resnet20-rnn-train", "| `resnet20-rnn-train`"),
     ],
 )
 def test_the_scripts_of_the_performance_page(script, shown):
