@@ -2,8 +2,8 @@
 
     python examples/bench_memory.py --json docs/results/performance/tensors.json [NAME ...]
 
-Names are those of bench_suite.py. What libraries take without torch's allocator, such as oneDNN's scratch memory, is not
-seen. Other work on the machine changes nothing.
+Names are those of bench_suite.py. What libraries take without torch's allocator, such as oneDNN's scratch memory, is
+not seen. Other work on the machine changes nothing.
 """
 
 from __future__ import annotations
@@ -55,12 +55,14 @@ def count(setting: Setting, config: RegulatorConfig | None) -> int:
 def main() -> None:
     """Count, print a table, and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(NAMES), choices=list(NAMES), metavar="NAME")
+    parser.add_argument("names", nargs="*", help=f"only these of {', '.join(NAMES)}")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if unknown := set(args.names) - set(NAMES):
+        parser.error(f"no such measurement: {', '.join(sorted(unknown))}")
     print("| tensors at the peak, MiB | plain | regulated | ratio |\n|---|---|---|---|")
     found = {}
-    for name in args.names:
+    for name in args.names or NAMES:
         setting = NAMES[name]
         plain, regulated = count(setting, None), count(setting, setting.config)
         found[name] = {"plain": plain, "regulated": regulated}
