@@ -62,12 +62,19 @@ def test_the_sentences_are_those_of_the_tables(page):
         assert f"{100 * lstm[0]['parameters'] / plain[0]['parameters'] - 100:.0f} % more parameters" in flat
 
 
-@pytest.mark.parametrize(("name", "arm"), [("scratch", "lstm, identity"), ("transfer-1000", "lstm")])
+@pytest.mark.parametrize(
+    ("name", "arm"),
+    [("scratch", "lstm, identity"), ("transfer-1000", "lstm"), ("transfer-1000", "lstm in the last stage")],
+)
 def test_the_other_sentences_are_too(name, arm):
     runs = results.read_runs(EXPERIMENTS[name], RESULTS)
     found = tables.difference(runs[arm], runs["plain"], EXPERIMENTS[name].starts)
     assert found.pairs >= 3 and found.low < 0 < found.high
-    assert str(found) in " ".join(PAGE.partition("## Registered")[0].split())
+    flat = " ".join(PAGE.partition("## Registered")[0].split())
+    assert str(found) in flat
+    if name == "transfer-1000":
+        assert f"{tables._seconds(runs[arm]) / tables._seconds(runs['plain']):.1f} times" in flat
+        assert f"{found.p:.3f}" in flat
 
 
 @pytest.mark.parametrize("experiment", DIGITS)
