@@ -27,8 +27,9 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 "it a tensor of its own (.contiguous())"
             )
     for key in () if weightless else _sharing(there, tensors):
-        # One NaN is as good as another.
-        if not torch.allclose(there[key].cpu(), tensors[key], rtol=0, atol=0, equal_nan=True):
+        here = there[key].cpu()
+        # One NaN is as good as another, and the file may be of another type.
+        if not torch.allclose(here, tensors[key].to(here.dtype), rtol=0, atol=0, equal_nan=True):
             raise CheckpointError(
                 f"{key} shares memory with another tensor here, and holds other values in the file; the saved network "
                 "did not share them: build this one without tied weights"

@@ -88,8 +88,11 @@ def prepare(model: nn.Module, plan: Plan, config: RegulatorConfig) -> Prepared:
 
 
 def _check_name(module: nn.Module, path: str) -> None:
-    # Not hasattr: a property of that name may be unreadable now.
-    if "regulator" in dir(module):
+    try:
+        taken = hasattr(module, "regulator")  # also by a `__getattr__` of the user's, which dir does not know of
+    except Exception:  # a property of that name that cannot be read now
+        taken = True
+    if taken:
         raise UnsupportedModelError(
             f"regulate adds a submodule called `regulator` to each block, and {path} ({type(module).__name__}) has "
             "something of that name; rename it"
