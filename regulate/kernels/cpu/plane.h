@@ -30,18 +30,6 @@ struct Plane {
   }
 };
 
-// All bits in the first lanes, none in the others: a window on `left` of the former.
-alignas(64) const int32_t EDGE[2 * LANES] = {
-#if defined(__AVX512F__)
-    -1, -1, -1, -1, -1, -1, -1, -1,
-#endif
-#if defined(__AVX2__)
-    -1, -1, -1, -1,
-#endif
-    -1, -1, -1, -1};
-
-INLINE vec first_lanes(int64_t left) { return load((const float*)EDGE + LANES - left); }
-
 // `count` floats of a row that `left` of the same map follow. Rows are short, so they are copied in whole vectors: what
 // these write too much is zeros, or is overwritten by what comes next.
 INLINE void row_in(const float* from, float* to, int64_t count, int64_t left) {

@@ -66,7 +66,13 @@ INLINE vec kept(vec v) {
 
 // v where the mask's bits are set, else zero, NaN and infinity included: a product with zero would keep them.
 INLINE vec masked(vec v, vec mask) { return (vec)((ivec)v & (ivec)mask); }
-INLINE vec masked(vec v, const float* mask) { return masked(v, load(mask)); }
+
+// All bits in the first `count` lanes, none in the others.
+INLINE vec first_lanes(int64_t count) {
+  ivec lanes = ivec{};
+  for (int lane = 0; lane < LANES; ++lane) lanes[lane] = lane;
+  return (vec)(lanes < (int32_t)count);
+}
 
 INLINE float total(vec v) {
   float sums[LANES];
