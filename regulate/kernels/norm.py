@@ -163,5 +163,5 @@ def _differentiable(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dy: Ten
 
 
 def _call(name: str, like: Tensor, *arguments: Tensor | float | None) -> None:
-    sizes = [like.shape[0], like.shape[1], like.shape[2] * like.shape[3], int(channels_last(like))]
+    sizes = [*like.shape, int(channels_last(like))]
     call(name, sizes, chunks(like), torch.get_num_threads(), *arguments)

@@ -14,25 +14,15 @@ struct Weights {
   float *mix, *weight, *bias;
 };
 
-// The values of one parameter: `values` apart per channel, the same for all lanes or one per lane.
-INLINE vec take(const float* values, int64_t channel, int64_t apart, int64_t wide, bool last) {
-  if (!last) return broadcast(values[channel * apart]);
-  vec v = vec{};
-  for (int64_t lane = 0; lane < wide; ++lane) v[lane] = values[(channel + lane) * apart];
-  return v;
-}
-
-INLINE void give(float* values, vec v, int64_t channel, int64_t apart, int64_t wide, bool last) {
-  if (!last) { values[channel * apart] = total(v); return; }
-  for (int64_t lane = 0; lane < wide; ++lane) values[(channel + lane) * apart] = v[lane];
-}
-
+// visit(parameter, where its values lie, how far apart per channel) for the gates whose first row is given.
 template <class Visit>
-INLINE void parameters(Gate& gate, const Weights& w, Visit visit) {
-  visit(gate.x, w.mix, 2);
-  visit(gate.h, w.mix + 1, 2);
-  for (int t = 0; t < 9; ++t) visit(gate.tap[t], w.weight + t, 9);
-  visit(gate.bias, w.bias, 1);
+INLINE void parameters(Gate* gates, int count, const Weights& w, int64_t row, int64_t channels, Visit visit) {
+  for (Gate* gate = gates; gate < gates + count; ++gate, row += channels) {
+    visit(gate->x, w.mix + 2 * row, 2);
+    visit(gate->h, w.mix + 2 * row + 1, 2);
+    for (int t = 0; t < 9; ++t) visit(gate->tap[t], w.weight + 9 * row + t, 9);
+    visit(gate->bias, w.bias + row, 1);
+  }
 }
 
 void mix(const float* x, const float* h, float* m, const Gate& gate, Span at) {

@@ -36,7 +36,7 @@ struct Scratch {
   int64_t size;
   Ahead ahead;
   Scratch(const Shape& shape, const Plane& p) : memory(new (std::nothrow) float[BUFFERS * p.size]()), size(p.size) {
-    if (memory) Window(shape, p, 0, 0, 0).mask((*this)[MASK]);
+    if (memory) Window(shape, p, Task(shape, 0, 0), 0).mask((*this)[MASK]);
   }
   float* operator[](int i) { return memory.get() + i * size; }
 };
@@ -159,13 +159,13 @@ Ahead ahead(const Maps& maps, const Window& here, const Window& next) {
   const auto written = [&](const float* a, const float* b) { return at(a ? a : b, here); };
   return {{read(maps.x), read(maps.h), read(maps.c), read(maps.dh), read(maps.dc), written(maps.new_h, maps.dx),
            written(maps.new_c, maps.dc_old), written(maps.dh_old, nullptr)},
-          here.shape.height * here.shape.width};
+          here.shape.pixels()};
 }
 
 // One step for the images of a window.
 template <int CELL>
-void task(const Maps& maps, const Window& w, const Window& next, Scratch& s, const Gate* gate, Gate* grad,
-          const Plane& p) {
+void images(const Maps& maps, const Window& w, const Window& next, Scratch& s, const Gate* gate, Gate* grad,
+            const Plane& p) {
   s.ahead = ahead(maps, w, next);
   w.in(maps.x, s[X]);
   w.in(maps.h, s[H]);
@@ -180,58 +180,45 @@ void task(const Maps& maps, const Window& w, const Window& next, Scratch& s, con
   if (CELL == LSTM) w.out(s[grad ? DC : ACT + 1], grad ? maps.dc_old : maps.new_c);
 }
 
-// Tasks are (chunk of the batch, block of channels); each chunk sums the parameters' gradients on its own. An exception
-// would not leave the parallel region but end the process, so what comes back says whether memory was missing.
+// Each task sums the parameters' gradients of its chunk and channels on its own. An exception would not leave the
+// parallel region but end the process, so what comes back says whether memory was missing.
 template <int CELL>
-int step(const Maps& maps, const Weights& weights, const Weights* grads, const Shape& shape, int64_t chunks,
-          int64_t threads) {
-  const Plane plane(shape, (shape.batch + chunks - 1) / chunks);
-  const int64_t blocks = (shape.channels + plane.side - 1) / plane.side, rows = GATES[CELL] * shape.channels;
+int step(const Maps& maps, const Weights& weights, const Weights* grads, const Shape& shape, int64_t threads) {
+  const Plane plane(shape);
   int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
     const Flush flush;
     Scratch scratch(shape, plane);
-#pragma omp for schedule(static)
-    for (int64_t job = 0; job < chunks * blocks; ++job) {
-      if (!scratch.memory) {
-        failed = 1;
-        continue;
-      }
-      const int64_t chunk = job / blocks, block = job % blocks, first = block * plane.side;
+    tasks(shape, [&](const Task& task) {
+      failed |= !scratch.memory;
+      if (failed) return;
       Gate gate[4] = {}, grad[4] = {};
-      const int64_t wide = Window(shape, plane, 0, 0, block).wide;
-      for (int k = 0; k < GATES[CELL]; ++k)
-        parameters(gate[k], weights, [&](vec& v, float* from, int64_t apart) {
-          v = take(from, k * shape.channels + first, apart, wide, shape.last);
-        });
-      const int64_t start = chunk * shape.batch / chunks, stop = (chunk + 1) * shape.batch / chunks;
-      const auto window = [&](int64_t n, int64_t of) {
-        return Window(shape, plane, n, stop - n < plane.stack ? stop - n : plane.stack, of);
-      };
+      parameters(gate, GATES[CELL], weights, 0, shape.channels, [&](vec& v, const float* from, int64_t apart) {
+        v = take(from, apart, shape, task);
+      });
+      const Task beside(shape, task.chunk, std::min(task.block + 1, shape.blocks() - 1));
+      const int64_t start = shape.start(task.chunk), stop = shape.start(task.chunk + 1);
       for (int64_t n = start; n < stop; n += plane.stack) {
         const int64_t more = n + plane.stack;
-        const Window next = more < stop ? window(more, block) : window(start, block + 1 < blocks ? block + 1 : block);
-        task<CELL>(maps, window(n, block), next, scratch, gate, grads ? grad : nullptr, plane);
+        const Window next = more < stop ? Window(shape, plane, task, more) : Window(shape, plane, beside, start);
+        images<CELL>(maps, Window(shape, plane, task, n), next, scratch, gate, grads ? grad : nullptr, plane);
       }
-      if (!grads) continue;
-      const int64_t row = chunk * rows;
-      const Weights part = {grads->mix + row * 2, grads->weight + row * 9, grads->bias + row};
-      for (int k = 0; k < GATES[CELL]; ++k)
-        parameters(grad[k], part, [&](vec& v, float* to, int64_t apart) {
-          give(to, v, k * shape.channels + first, apart, wide, shape.last);
-        });
-    }
+      if (!grads) return;
+      const int64_t row = task.chunk * GATES[CELL] * shape.channels;
+      parameters(grad, GATES[CELL], *grads, row, shape.channels, [&](vec& v, float* to, int64_t apart) {
+        give(to, v, apart, shape, task);
+      });
+    });
   }
   return failed;
 }
 
-int run(int64_t cell, const Maps& maps, const Weights& weights, const Weights* grads, const int64_t* sizes,
-         int64_t chunks, int64_t threads) {
-  const Shape shape = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4] != 0};
-  if (cell == RNN) return step<RNN>(maps, weights, grads, shape, chunks, threads);
-  if (cell == GRU) return step<GRU>(maps, weights, grads, shape, chunks, threads);
-  return step<LSTM>(maps, weights, grads, shape, chunks, threads);
+int run(int64_t cell, const Maps& maps, const Weights& weights, const Weights* grads, const Shape& shape,
+        int64_t threads) {
+  if (cell == RNN) return step<RNN>(maps, weights, grads, shape, threads);
+  if (cell == GRU) return step<GRU>(maps, weights, grads, shape, threads);
+  return step<LSTM>(maps, weights, grads, shape, threads);
 }
 
 }  // namespace
@@ -243,7 +230,7 @@ extern "C" int regulate_forward(int64_t cell, const int64_t* sizes, int64_t chun
                                  float* weight, float* bias, const float* x, const float* h, const float* c,
                                  float* new_h, float* new_c) {
   const Maps maps = {x, h, c, nullptr, nullptr, new_h, new_c, nullptr, nullptr, nullptr};
-  return run(cell, maps, {mix, weight, bias}, nullptr, sizes, chunks, threads);
+  return run(cell, maps, {mix, weight, bias}, nullptr, Shape(sizes, chunks), threads);
 }
 
 extern "C" int regulate_backward(int64_t cell, const int64_t* sizes, int64_t chunks, int64_t threads, float* mix,
@@ -252,7 +239,7 @@ extern "C" int regulate_backward(int64_t cell, const int64_t* sizes, int64_t chu
                                   float* dmix, float* dweight, float* dbias) {
   const Maps maps = {x, h, c, dh, dc, nullptr, nullptr, dx, dh_old, dc_old};
   const Weights grads = {dmix, dweight, dbias};
-  return run(cell, maps, {mix, weight, bias}, &grads, sizes, chunks, threads);
+  return run(cell, maps, {mix, weight, bias}, &grads, Shape(sizes, chunks), threads);
 }
 
 // What this was compiled for, and how many floats its vectors have.

@@ -5,30 +5,11 @@
 // the backward sees from x where the ReLU let pass. Tasks are (chunk of the batch, block of channels), each with
 // sums of its own, as in light.cpp.
 
-#include "vec.h"
+#include "tasks.h"
 
 #include <cmath>
 
 namespace {
-
-struct Map {
-  int64_t batch, channels, pixels, chunks;
-  bool last;  // channels last
-  Map(const int64_t* sizes, int64_t parts)
-      : batch(sizes[0]), channels(sizes[1]), pixels(sizes[2]), chunks(parts), last(sizes[3] != 0) {}
-  int64_t blocks() const { return last ? (channels + LANES - 1) / LANES : channels; }
-  int64_t start(int64_t chunk) const { return chunk * batch / chunks; }  // its first image
-  double values() const { return (double)batch * pixels; }
-};
-
-struct Job {
-  int64_t chunk, first, wide;  // the first channel, and how many
-  Job(const Map& map, int64_t job) {
-    chunk = job / map.blocks();
-    first = job % map.blocks() * (map.last ? LANES : 1);
-    wide = !map.last ? 1 : map.channels - first < LANES ? map.channels - first : LANES;
-  }
-};
 
 // A part of a task that fits the nearest cache: rows of pixels of one channel, or pixels of a vector of channels.
 struct Piece {
@@ -38,32 +19,32 @@ struct Piece {
 constexpr int64_t RUN = 4096, TILE = 256;
 
 template <class Visit>
-INLINE void pieces(const Map& map, const Job& job, Visit visit) {
-  const int64_t begin = map.start(job.chunk), end = map.start(job.chunk + 1);
+INLINE void pieces(const Shape& map, const Task& task, Visit visit) {
+  const int64_t begin = map.start(task.chunk), end = map.start(task.chunk + 1), pixels = map.pixels();
   if (map.last) {
-    for (int64_t p = begin * map.pixels; p < end * map.pixels; p += TILE) {
-      const int64_t left = end * map.pixels - p;
-      visit(Piece{p * map.channels + job.first, 1, left < TILE ? left : TILE});
+    for (int64_t p = begin * pixels; p < end * pixels; p += TILE) {
+      const int64_t left = end * pixels - p;
+      visit(Piece{p * map.channels + task.first, 1, left < TILE ? left : TILE});
     }
     return;
   }
-  const int64_t together = map.pixels < RUN ? RUN / map.pixels : 1;  // images, where they are small
+  const int64_t together = pixels < RUN ? RUN / pixels : 1;  // images, where they are small
   for (int64_t n = begin; n < end; n += together)
-    for (int64_t p = 0; p < map.pixels; p += RUN) {
-      const int64_t rows = end - n < together ? end - n : together, left = map.pixels - p;
-      visit(Piece{(n * map.channels + job.first) * map.pixels + p, rows, left < RUN ? left : RUN});
+    for (int64_t p = 0; p < pixels; p += RUN) {
+      const int64_t rows = end - n < together ? end - n : together, left = pixels - p;
+      visit(Piece{(n * map.channels + task.first) * pixels + p, rows, left < RUN ? left : RUN});
     }
 }
 
 // The vectors of a piece; the last of a row may be narrower. body(offset, how many of its lanes count).
 template <class Body>
-INLINE void vectors(const Map& map, const Job& job, const Piece& piece, Body body) {
+INLINE void vectors(const Shape& map, const Task& task, const Piece& piece, Body body) {
   if (map.last) {
-    for (int64_t i = 0; i < piece.count; ++i) body(piece.offset + i * map.channels, job.wide);
+    for (int64_t i = 0; i < piece.count; ++i) body(piece.offset + i * map.channels, task.wide);
     return;
   }
   for (int64_t row = 0; row < piece.rows; ++row) {
-    const int64_t at = piece.offset + row * map.channels * map.pixels;
+    const int64_t at = piece.offset + row * map.channels * map.pixels();
     int64_t i = 0;
     for (; i + LANES <= piece.count; i += LANES) body(at + i, (int64_t)LANES);
     if (i < piece.count) body(at + i, piece.count - i);
@@ -82,45 +63,40 @@ INLINE void put(float* p, vec v, int64_t wide) {
   else for (int64_t lane = 0; lane < wide; ++lane) p[lane] = v[lane];
 }
 
-// A value per channel: the same for all lanes of a vector, or one for each.
-INLINE vec channel(const Map& map, const Job& job, const float* values) {
-  return map.last ? part(values + job.first, job.wide) : broadcast(values[job.first]);
-}
-
 // Adds the lanes (NCHW) or keeps them apart (channels last), in double: pieces are short, maps are not.
-INLINE void add(const Map& map, const Job& job, double* sums, vec v) {
+INLINE void add(const Shape& map, const Task& task, double* sums, vec v) {
   if (!map.last) sums[0] += total(v);
-  else for (int64_t lane = 0; lane < job.wide; ++lane) sums[lane] += v[lane];
+  else for (int64_t lane = 0; lane < task.wide; ++lane) sums[lane] += v[lane];
 }
 
 // Two sums per chunk and channel; no memory if there was none to be had.
 struct Sums {
   std::unique_ptr<double[]> memory;
   int64_t chunks, channels;
-  explicit Sums(const Map& map)
+  explicit Sums(const Shape& map)
       : memory(new (std::nothrow) double[2 * map.chunks * map.channels]), chunks(map.chunks), channels(map.channels) {}
   double* row(int which, int64_t chunk) const { return memory.get() + (which * chunks + chunk) * channels; }
 };
 
 // Mean and sum of squared deviations, merged piece by piece (Chan et al. 1979).
-void moments(const Map& map, const Job& job, const float* x, const Sums& sums) {
+void moments(const Shape& map, const Task& task, const float* x, const Sums& sums) {
   double mean[LANES] = {}, deviation[LANES] = {}, seen = 0;
-  pieces(map, job, [&](const Piece& piece) {
+  pieces(map, task, [&](const Piece& piece) {
     const double count = (double)piece.rows * piece.count;
     double sum[LANES] = {}, square[LANES] = {};
     vec s = vec{}, q = vec{};
-    vectors(map, job, piece, [&](int64_t at, int64_t wide) { s += part(x + at, wide); });
-    add(map, job, sum, s);
+    vectors(map, task, piece, [&](int64_t at, int64_t wide) { s += part(x + at, wide); });
+    add(map, task, sum, s);
     vec here = vec{};
     for (int lane = 0; lane < LANES; ++lane) here[lane] = (float)(sum[map.last ? lane : 0] / count);
-    vectors(map, job, piece, [&](int64_t at, int64_t wide) {
+    vectors(map, task, piece, [&](int64_t at, int64_t wide) {
       vec d = part(x + at, wide) - here;
       if (!map.last)
         for (int64_t lane = wide; lane < LANES; ++lane) d[lane] = 0;
       q += d * d;
     });
-    add(map, job, square, q);
-    for (int64_t lane = 0; lane < job.wide; ++lane) {
+    add(map, task, square, q);
+    for (int64_t lane = 0; lane < task.wide; ++lane) {
       // `here` is the rounded mean: what it is off, the sum of squares has too much.
       const double exact = sum[lane] / count, off = exact - here[lane], apart = exact - mean[lane];
       deviation[lane] += square[lane] - count * off * off + apart * apart * seen * count / (seen + count);
@@ -128,9 +104,9 @@ void moments(const Map& map, const Job& job, const float* x, const Sums& sums) {
     }
     seen += count;
   });
-  for (int64_t lane = 0; lane < job.wide; ++lane) {
-    sums.row(0, job.chunk)[job.first + lane] = mean[lane];
-    sums.row(1, job.chunk)[job.first + lane] = deviation[lane];
+  for (int64_t lane = 0; lane < task.wide; ++lane) {
+    sums.row(0, task.chunk)[task.first + lane] = mean[lane];
+    sums.row(1, task.chunk)[task.first + lane] = deviation[lane];
   }
 }
 
@@ -138,12 +114,12 @@ void moments(const Map& map, const Job& job, const float* x, const Sums& sums) {
 enum { MEAN, INVERSE, UNBIASED };
 
 // Mean, 1 / sqrt(variance + eps) and unbiased variance of a channel, from those of the chunks.
-void merge(const Map& map, const Sums& sums, int64_t c, double eps, float* stats) {
+void merge(const Shape& map, const Sums& sums, int64_t c, double eps, float* stats) {
   double mean = 0, deviation = 0;
   for (int64_t k = 0; k < map.chunks; ++k) mean += sums.row(0, k)[c] * (map.start(k + 1) - map.start(k)) / map.batch;
   for (int64_t k = 0; k < map.chunks; ++k) {
     const double off = sums.row(0, k)[c] - mean;
-    deviation += sums.row(1, k)[c] + off * off * (map.start(k + 1) - map.start(k)) * map.pixels;
+    deviation += sums.row(1, k)[c] + off * off * (map.start(k + 1) - map.start(k)) * map.pixels();
   }
   stats[MEAN * map.channels + c] = (float)mean;
   stats[INVERSE * map.channels + c] = (float)(1 / std::sqrt(deviation / map.values() + eps));
@@ -151,10 +127,10 @@ void merge(const Map& map, const Sums& sums, int64_t c, double eps, float* stats
 }
 
 // Returns whether anything of `unfused` is below zero; it may be null.
-bool scale_relu(const Map& map, const Job& job, const float* x, vec scale, vec shift, const float* unfused, float* y) {
+bool scale_relu(const Shape& map, const Task& task, const float* x, vec scale, vec shift, const float* unfused, float* y) {
   ivec below = ivec{};
-  pieces(map, job, [&](const Piece& piece) {
-    vectors(map, job, piece, [&](int64_t at, int64_t wide) {
+  pieces(map, task, [&](const Piece& piece) {
+    vectors(map, task, piece, [&](int64_t at, int64_t wide) {
       vec v = scale * part(x + at, wide) + shift;
       v = v < 0.0f ? vec{} : v;
       if (unfused) {
@@ -174,41 +150,41 @@ bool scale_relu(const Map& map, const Job& job, const float* x, vec scale, vec s
 // What the passes of the backward need of a channel.
 struct Norm {
   vec mean, inverse, scale, shift;
-  Norm(const Map& map, const Job& job, const float* weight, const float* bias, const float* stats)
-      : mean(channel(map, job, stats + MEAN * map.channels)),
-        inverse(channel(map, job, stats + INVERSE * map.channels)),
-        scale(channel(map, job, weight) * inverse),
-        shift(channel(map, job, bias) - mean * scale) {}
+  Norm(const Shape& map, const Task& task, const float* weight, const float* bias, const float* stats)
+      : mean(take(stats + MEAN * map.channels, 1, map, task)),
+        inverse(take(stats + INVERSE * map.channels, 1, map, task)),
+        scale(take(weight, 1, map, task) * inverse),
+        shift(take(bias, 1, map, task) - mean * scale) {}
   vec passed(vec x, vec dy) const { return scale * x + shift <= 0.0f ? vec{} : dy; }
 };
 
 // The sums of d, which is dy where the ReLU let pass, and of d * (x - mean).
-void gradient_sums(const Map& map, const Job& job, const float* x, const float* dy, const Norm& norm,
+void gradient_sums(const Shape& map, const Task& task, const float* x, const float* dy, const Norm& norm,
                    const Sums& sums) {
   double of_d[LANES] = {}, of_dx[LANES] = {};
-  pieces(map, job, [&](const Piece& piece) {
+  pieces(map, task, [&](const Piece& piece) {
     vec s = vec{}, p = vec{};
-    vectors(map, job, piece, [&](int64_t at, int64_t wide) {
+    vectors(map, task, piece, [&](int64_t at, int64_t wide) {
       vec v = part(x + at, wide), d = norm.passed(v, part(dy + at, wide));
       s += d;
       p += d * (v - norm.mean);
     });
-    add(map, job, of_d, s);
-    add(map, job, of_dx, p);
+    add(map, task, of_d, s);
+    add(map, task, of_dx, p);
   });
-  for (int64_t lane = 0; lane < job.wide; ++lane) {
-    sums.row(0, job.chunk)[job.first + lane] = of_d[lane];
-    sums.row(1, job.chunk)[job.first + lane] = of_dx[lane];
+  for (int64_t lane = 0; lane < task.wide; ++lane) {
+    sums.row(0, task.chunk)[task.first + lane] = of_d[lane];
+    sums.row(1, task.chunk)[task.first + lane] = of_dx[lane];
   }
 }
 
 // dx = scale * (d - mean of d - normalised x * mean of (d * normalised x)).
-void gradient(const Map& map, const Job& job, const float* x, const float* dy, const Norm& norm, const float* dweight,
+void gradient(const Shape& map, const Task& task, const float* x, const float* dy, const Norm& norm, const float* dweight,
               const float* dbias, float* dx) {
   const vec share = norm.scale * (float)(-1 / map.values());
-  const vec constant = share * channel(map, job, dbias), of_x = share * norm.inverse * channel(map, job, dweight);
-  pieces(map, job, [&](const Piece& piece) {
-    vectors(map, job, piece, [&](int64_t at, int64_t wide) {
+  const vec constant = share * take(dbias, 1, map, task), of_x = share * norm.inverse * take(dweight, 1, map, task);
+  pieces(map, task, [&](const Piece& piece) {
+    vectors(map, task, piece, [&](int64_t at, int64_t wide) {
       vec v = part(x + at, wide), d = norm.passed(v, part(dy + at, wide));
       put(dx + at, norm.scale * d + of_x * (v - norm.mean) + constant, wide);
     });
@@ -217,29 +193,26 @@ void gradient(const Map& map, const Job& job, const float* x, const float* dy, c
 
 }  // namespace
 
-// sizes: N, C, H * W and whether the maps are channels last, for both functions.
+// sizes and chunks: see Shape, for both functions.
 
 // With the batch's own moments, which go to `stats`, (3, C). `below` becomes 1 if anything of `unfused` is below zero.
 extern "C" int regulate_norm_relu(const int64_t* sizes, int64_t chunks, int64_t threads, const float* x,
                                    const float* weight, const float* bias, double eps, const float* unfused, float* stats,
                                    float* below, float* y) {
-  const Map map(sizes, chunks);
+  const Shape map(sizes, chunks);
   const Sums sums(map);
   if (!sums.memory) return 1;
   int any = 0;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) reduction(| : any)
   {
     const Flush flush;
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < chunks * map.blocks(); ++i) moments(map, Job(map, i), x, sums);
+    tasks(map, [&](const Task& task) { moments(map, task, x, sums); });
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < map.channels; ++c) merge(map, sums, c, eps, stats);
-#pragma omp for schedule(static) reduction(| : any)
-    for (int64_t i = 0; i < chunks * map.blocks(); ++i) {
-      const Job job(map, i);
-      const Norm norm(map, job, weight, bias, stats);
-      any |= scale_relu(map, job, x, norm.scale, norm.shift, unfused, y);
-    }
+    tasks(map, [&](const Task& task) {
+      const Norm norm(map, task, weight, bias, stats);
+      any |= scale_relu(map, task, x, norm.scale, norm.shift, unfused, y);
+    });
   }
   *below = (float)any;
   return 0;
@@ -248,17 +221,15 @@ extern "C" int regulate_norm_relu(const int64_t* sizes, int64_t chunks, int64_t 
 extern "C" int regulate_norm_relu_backward(const int64_t* sizes, int64_t chunks, int64_t threads, const float* x,
                                             const float* dy, const float* weight, const float* bias, const float* stats,
                                             float* dx, float* dweight, float* dbias) {
-  const Map map(sizes, chunks);
+  const Shape map(sizes, chunks);
   const Sums sums(map);
   if (!sums.memory) return 1;
 #pragma omp parallel num_threads(threads)
   {
     const Flush flush;
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < chunks * map.blocks(); ++i) {
-      const Job job(map, i);
-      gradient_sums(map, job, x, dy, Norm(map, job, weight, bias, stats), sums);
-    }
+    tasks(map, [&](const Task& task) {
+      gradient_sums(map, task, x, dy, Norm(map, task, weight, bias, stats), sums);
+    });
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < map.channels; ++c) {
       double sum = 0, product = 0;
@@ -266,11 +237,9 @@ extern "C" int regulate_norm_relu_backward(const int64_t* sizes, int64_t chunks,
       dbias[c] = (float)sum;
       dweight[c] = (float)(product * stats[INVERSE * map.channels + c]);
     }
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < chunks * map.blocks(); ++i) {
-      const Job job(map, i);
-      gradient(map, job, x, dy, Norm(map, job, weight, bias, stats), dweight, dbias, dx);
-    }
+    tasks(map, [&](const Task& task) {
+      gradient(map, task, x, dy, Norm(map, task, weight, bias, stats), dweight, dbias, dx);
+    });
   }
   return 0;
 }

@@ -7,20 +7,16 @@
 // of a pixel); only loading and storing know the difference.
 #pragma once
 
-#include "vec.h"
+#include "tasks.h"
 
 namespace {
-
-struct Shape {
-  int64_t batch, channels, height, width;
-  bool last;  // channels last
-};
 
 constexpr int64_t LONG = 1024;  // floats in a plane of small images: sixteen buffers stay near the core
 
 struct Plane {
   int64_t side, image, stack, row, begin, end, size;  // of a pixel, of an image's row; how many images; all of their rows
-  Plane(const Shape& s, int64_t images) : side(s.last ? LANES : 1), image((s.width + 1) * side) {
+  explicit Plane(const Shape& s) : side(s.side()), image((s.width + 1) * side) {
+    const int64_t images = (s.batch + s.chunks - 1) / s.chunks;  // of a task, at most
     const int64_t one = image * s.height, stacks = (images * one + LONG - 1) / LONG;  // as many as it takes, evenly filled
     stack = one < LONG && stacks > 0 ? (images + stacks - 1) / stacks : 1;
     row = stack * image;
@@ -46,22 +42,19 @@ INLINE void row_out(const float* from, float* to, int64_t count, int64_t left) {
   if (x < count) copy(to + x, from + x, count - x);
 }
 
-// Where a task's channels lie in a map, for `count` images from n on, and how they get into and out of the scratch.
+// Where a task's channels lie in a map, for a stack of images from n on, and how they get into and out of the scratch.
 struct Window {
   Shape shape;
   Plane plane;
   int64_t count, wide, next, offset;
-  Window(const Shape& s, const Plane& p, int64_t n, int64_t count, int64_t block)
-      : shape(s), plane(p), count(count), next(s.channels * s.height * s.width) {
-    const int64_t first = block * p.side;
-    wide = s.channels - first < p.side ? s.channels - first : p.side;
-    offset = n * next + (s.last ? first : first * s.height * s.width);
-  }
+  Window(const Shape& s, const Plane& p, const Task& task, int64_t n)
+      : shape(s), plane(p), count(std::min(p.stack, s.start(task.chunk + 1) - n)), wide(task.wide),
+        next(s.channels * s.pixels()), offset(n * next + task.first * (s.last ? 1 : s.pixels())) {}
   // visit(where in the map, where in the scratch, how many floats of the same channel there are from there on).
   template <class Visit>
   MEMBER void rows(int64_t images, Visit visit) const {
     const int64_t step = shape.width * (shape.last ? shape.channels : 1), apart = next, wide = plane.image;
-    int64_t at = plane.begin, from = offset, left = shape.height * shape.width;
+    int64_t at = plane.begin, from = offset, left = shape.pixels();
     for (; left > 0; left -= shape.width, from += step, at += plane.row)
       for (int64_t n = 0; n < images; ++n) visit(from + n * apart, at + n * wide, left);
   }
