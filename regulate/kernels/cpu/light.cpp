@@ -41,11 +41,20 @@ struct Scratch {
   float* operator[](int i) { return memory.get() + i * size; }
 };
 
+// Some gates of a tile, from their mix, of x and h, to their activation: tanh for the candidate, a sigmoid for others.
+template <int FIRST, int LAST, int CANDIDATE>
+INLINE void gates(Scratch& s, const float* h, const Gate* gate, const Plane& p, Span here, Span ahead) {
+  for (int k = FIRST; k <= LAST; ++k) {
+    mix(s[X], h, s[MIX + k], gate[k], ahead);
+    if (k == CANDIDATE) activate<Hyperbolic>(s[MIX + k], s[ACT + k], gate[k], p, here);
+    else activate<Sigmoid>(s[MIX + k], s[ACT + k], gate[k], p, here);
+  }
+}
+
 void forward_rnn(Scratch& s, const Gate* gate, const Plane& p) {
   tiles(p, [&](Span here, Span ahead, Span) {
     s.ahead.fetch(p, here);
-    mix(s[X], s[H], s[MIX], gate[0], ahead);
-    activate<Hyperbolic>(s[MIX], s[ACT], gate[0], p, here);
+    gates<0, 0, 0>(s, s[H], gate, p, here, ahead);
   });
 }
 
@@ -62,25 +71,20 @@ void backward_rnn(Scratch& s, const Gate* gate, Gate* grad, const Plane& p) {
 }
 
 // r, z and r.H, and the candidate: in two passes over the whole plane, as the second convolution reads r.H.
-void gru_gates(Scratch& s, float* r, float* z, float* n, const Gate* gate, const Plane& p) {
-  const float* mask = s[MASK];
+void gru_gates(Scratch& s, const Gate* gate, const Plane& p) {
+  const float *r = s[ACT], *mask = s[MASK];
   tiles(p, [&](Span here, Span ahead, Span) {
     s.ahead.fetch(p, here);
-    for (int k = 0; k < 2; ++k) mix(s[X], s[H], s[MIX + k], gate[k], ahead);
-    activate<Sigmoid>(s[MIX], r, gate[0], p, here);
-    activate<Sigmoid>(s[MIX + 1], z, gate[1], p, here);
+    gates<0, 1, 2>(s, s[H], gate, p, here, ahead);
     for (int64_t i = here.begin; i < here.end; i += LANES)
       store(s[RH] + i, masked(load(r + i) * load(s[H] + i), load(mask + i)));
   });
-  tiles(p, [&](Span here, Span ahead, Span) {
-    mix(s[X], s[RH], s[MIX + 2], gate[2], ahead);
-    activate<Hyperbolic>(s[MIX + 2], n, gate[2], p, here);
-  });
+  tiles(p, [&](Span here, Span ahead, Span) { gates<2, 2, 2>(s, s[RH], gate, p, here, ahead); });
 }
 
 void forward_gru(Scratch& s, const Gate* gate, const Plane& p) {
-  float *new_h = s[ACT], *r = s[ACT + 1], *z = s[ACT + 2], *n = s[ACT + 3];
-  gru_gates(s, r, z, n, gate, p);
+  float *new_h = s[ACT], *z = s[ACT + 1], *n = s[ACT + 2];  // in the place of r
+  gru_gates(s, gate, p);
   for (int64_t i = p.begin; i < p.end; i += LANES) {
     vec h = load(s[H] + i);
     store(new_h + i, h + load(z + i) * (load(n + i) - h));
@@ -91,7 +95,7 @@ void backward_gru(Scratch& s, const Gate* gate, Gate* grad, const Plane& p) {
   float *r = s[ACT], *z = s[ACT + 1], *n = s[ACT + 2], *drh = s[ACT + 3];
   const float* mask = s[MASK];
   const Span all = {p.begin, p.end};
-  gru_gates(s, r, z, n, gate, p);
+  gru_gates(s, gate, p);
   for (int64_t i = p.begin; i < p.end; i += LANES) {
     vec d = load(s[DH] + i), update = load(z + i), candidate = load(n + i);
     store(n + i, masked(d * update * (1.0f - candidate * candidate), load(mask + i)));
@@ -108,19 +112,11 @@ void backward_gru(Scratch& s, const Gate* gate, Gate* grad, const Plane& p) {
   back<false>(s[MIX + 1], z, s[X], s[H], s[DX], s[DHO], gate[1], grad[1], p, all);
 }
 
-INLINE void lstm_gates(Scratch& s, const Gate* gate, const Plane& p, Span here, Span ahead) {
-  for (int k = 0; k < 4; ++k) {
-    mix(s[X], s[H], s[MIX + k], gate[k], ahead);
-    if (k == 2) activate<Hyperbolic>(s[MIX + k], s[ACT + k], gate[k], p, here);
-    else activate<Sigmoid>(s[MIX + k], s[ACT + k], gate[k], p, here);
-  }
-}
-
 void forward_lstm(Scratch& s, const Gate* gate, const Plane& p) {
   float *in = s[ACT], *f = s[ACT + 1], *g = s[ACT + 2], *o = s[ACT + 3];
   tiles(p, [&](Span here, Span ahead, Span) {
     s.ahead.fetch(p, here);
-    lstm_gates(s, gate, p, here, ahead);
+    gates<0, 3, 2>(s, s[H], gate, p, here, ahead);
     for (int64_t i = here.begin; i < here.end; i += LANES) {
       vec c = load(f + i) * load(s[C] + i) + load(in + i) * load(g + i);
       store(s[ACT] + i, load(o + i) * hyperbolic(c));
@@ -134,7 +130,7 @@ void backward_lstm(Scratch& s, const Gate* gate, Gate* grad, const Plane& p) {
   const float* mask = s[MASK];
   tiles(p, [&](Span here, Span ahead, Span behind) {
     s.ahead.fetch(p, here);
-    lstm_gates(s, gate, p, here, ahead);
+    gates<0, 3, 2>(s, s[H], gate, p, here, ahead);
     for (int64_t i = here.begin; i < here.end; i += LANES) {
       vec in = load(di + i), f = load(df + i), g = load(dg + i), o = load(dout + i);
       vec old = load(s[C] + i), d = load(s[DH] + i), t = hyperbolic(f * old + in * g);
