@@ -106,17 +106,16 @@ def steps(cell: str, shape: tuple[int, ...]) -> tuple[Callable[[], None], Callab
     rows, memory = GATES[cell] * shape[1], cell == "lstm"
     x, h, c, dh, dc, *out = (torch.randn(shape) for _ in range(10))
     weights = torch.randn(rows, 2, 1, 1), torch.randn(rows, 1, 3, 3) / 3, torch.randn(rows)
-    parts = library.chunks(x)
-    sums = [weight.new_empty(parts, *weight.shape) for weight in weights]
-    start = NUMBER[cell], [*shape, 0], parts, torch.get_num_threads(), *weights, x, h
+    sums = [weight.new_empty(library.chunks(x), *weight.shape) for weight in weights]
+    start = NUMBER[cell], *weights, x, h
     old: Tensor | None = c if memory else None
 
     def forward() -> None:
-        library.call("regulate_forward", *start, old, *out[:2])
+        library.call("regulate_step", x, *start, old, None, None, *out[:2], None, None, None, None)
 
     def backward() -> None:
         kept = out[0] if cell == "rnn" else old
-        library.call("regulate_backward", *start, kept, dh, dc if memory else None, *out[2:5], *sums)
+        library.call("regulate_step", x, *start, kept, dh, dc if memory else None, *out[2:5], *sums)
 
     return forward, backward
 

@@ -12,7 +12,7 @@ from torch.utils.weak import TensorWeakRef
 
 from .addresses import has_address
 from .choose import native_here
-from .cpu.library import call, channels_last, chunks
+from .cpu.library import call, channels_last
 
 _SOURCE = "_regulate_source"
 
@@ -127,7 +127,7 @@ class _NormReLU(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, unfused: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         y, stats, below = torch.empty_like(x), x.new_empty(3, x.shape[1]), x.new_empty(1)
-        _call("regulate_norm_relu", x, x, weight, bias, eps, _as(x, unfused), stats, below, y)
+        call("regulate_norm_relu", x, x, weight, bias, eps, _as(x, unfused), stats, below, y)
         ctx.save_for_backward(x, weight, bias, stats, unfused if below.item() else None)
         ctx.eps = eps
         if unfused is None:
@@ -148,7 +148,7 @@ class _NormReLU(torch.autograd.Function):
         if dy.shape != x.shape or stats.shape != (3, *x.shape[1:2]) or {weight.shape, bias.shape} != {x.shape[1:2]}:
             raise RuntimeError("the maps or weights of a norm were exchanged for others before its backward pass ran")
         dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
-        _call("regulate_norm_relu_backward", x, x, dy, weight, bias, stats, dx, dweight, dbias)
+        call("regulate_norm_relu_backward", x, x, dy, weight, bias, stats, dx, dweight, dbias)
         return dx, dweight, dbias, None, of_unfused
 
 
@@ -160,8 +160,3 @@ def _differentiable(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dy: Ten
         again = F.relu(F.batch_norm(inputs[0], None, None, *inputs[1:], True, 0.0, eps))
         found = iter(torch.autograd.grad(again, [t for t in inputs if t.requires_grad], dy, create_graph=True))
     return [next(found) if t.requires_grad else None for t in inputs]
-
-
-def _call(name: str, like: Tensor, *arguments: Tensor | float | None) -> None:
-    sizes = [*like.shape, int(channels_last(like))]
-    call(name, sizes, chunks(like), torch.get_num_threads(), *arguments)

@@ -86,9 +86,9 @@ def test_a_piece_that_is_taken_away_does_not_run(monkeypatch):
         return set(called)
 
     pieces = bench_ablations.pieces()
-    both = {"regulate_forward", "regulate_norm_relu"}
+    both = {"regulate_step", "regulate_norm_relu"}
     assert run(ExitStack) == both
-    assert run(pieces["norms with ReLU by torch"]) == {"regulate_forward"}
+    assert run(pieces["norms with ReLU by torch"]) == {"regulate_step"}
     assert run(pieces["cell in aten"]) == run(pieces["cell written out"]) == {"regulate_norm_relu"}
     assert run(pieces["all of that"]) == set()
     assert run(pieces["mix by convolution"]) == run(ExitStack) == both

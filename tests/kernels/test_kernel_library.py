@@ -237,7 +237,7 @@ def test_no_compiler(tmp_path, expected):
 
 def test_what_a_compiler_makes_must_be_a_library_with_the_kernels(tmp_path, expected):
     empty = f"{build.compiler()[0]} -shared -x c /dev/null -o"
-    for made, reason in (("echo nothing >", "kernels"), (empty, "has no regulate_forward")):
+    for made, reason in (("echo nothing >", "kernels"), (empty, "has no regulate_step")):
         script = f'while [ "$1" != -o ]; do shift; done; {made} "$2"'  # what follows -o
         done = python(SHOW, CXX=compiler(tmp_path, script), XDG_CACHE_HOME=str(tmp_path))
         assert done.stdout.startswith(f"{expected} ")

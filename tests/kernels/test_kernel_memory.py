@@ -28,7 +28,7 @@ with torch.no_grad():
 @pytest.mark.parametrize(
     ("setup", "small", "large", "name"),
     [
-        ("run = regulate.ConvLSTMCell(1)", (1, 1, 4, 4), (1, 1, 2000, 2000), "regulate_forward"),
+        ("run = regulate.ConvLSTMCell(1)", (1, 1, 4, 4), (1, 1, 2000, 2000), "regulate_step"),
         (
             "import torch.nn as nn; run = lambda x: regulate.kernels.norm_relu(nn.BatchNorm2d(x.shape[1]), x)",
             (2, 1, 4, 4),
@@ -40,7 +40,7 @@ with torch.no_grad():
 )
 def test_a_failed_allocation_is_an_error_and_not_the_end_of_the_process(setup, small, large, name):
     # The step wants 17 buffers of 16 MB, the norm two sums of 8 bytes for each of two million channels.
-    more = 32_000_000 if name == "regulate_forward" else 64_000_000  # which the norm itself takes
+    more = 32_000_000 if name == "regulate_step" else 64_000_000  # which the norm itself takes
     done = python(NO_MEMORY.format(setup=setup, small=small, large=large, more=more))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{name} found no memory for its buffers")

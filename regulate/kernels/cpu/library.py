@@ -17,8 +17,7 @@ from ..addresses import has_address
 from . import build, cache, shipped
 
 _FUNCTIONS = (
-    "regulate_forward",
-    "regulate_backward",
+    "regulate_step",
     "regulate_norm_relu",
     "regulate_norm_relu_backward",
     "regulate_instruction_set",
@@ -29,8 +28,13 @@ _once = threading.Lock()
 _found: ctypes.CDLL | str | None = None
 
 
-def call(name: str, *arguments: int | float | list[int] | Tensor | None) -> None:
-    """Call a function of the library with numbers, arrays of integers, and the data of tensors; None is null.
+def call(name: str, like: Tensor, *arguments: int | float | Tensor | None) -> None:
+    """Call a function of the library: with the shape of its maps, the chunks and threads, and with these arguments.
+
+    Args:
+        name: of the function.
+        like: one of the maps, (N, C, H, W).
+        arguments: numbers, and tensors for their data; None is null.
 
     Raises:
         RuntimeError: there is no library; `why_not` says why.
@@ -39,17 +43,17 @@ def call(name: str, *arguments: int | float | list[int] | Tensor | None) -> None
     found = library()
     if isinstance(found, str):
         raise RuntimeError(f"the native kernels need a compiler, but {found}")
-    if getattr(found, name)(*(_passed(argument) for argument in arguments)):
+    sizes = (ctypes.c_int64 * 5)(*like.shape, channels_last(like))
+    rest = (_passed(argument) for argument in (chunks(like), torch.get_num_threads(), *arguments))
+    if getattr(found, name)(sizes, *rest):
         raise MemoryError(f"{name} found no memory for its buffers; use smaller images or fewer threads")
 
 
-def _passed(argument: int | float | list[int] | Tensor | None) -> object:
+def _passed(argument: int | float | Tensor | None) -> object:
     if isinstance(argument, int):
         return ctypes.c_int64(argument)
     if isinstance(argument, float):
         return ctypes.c_double(argument)
-    if isinstance(argument, list):
-        return (ctypes.c_int64 * len(argument))(*argument)
     return ctypes.c_void_p(None if argument is None else _address(argument))
 
 

@@ -11,9 +11,11 @@ namespace {
 enum Cell { RNN = 0, GRU = 1, LSTM = 2 };
 constexpr int GATES[] = {1, 3, 4};
 
+// dh, dc: gradients of the new state, null in the forward pass. `out` and `memory`: the new state, or in the backward pass
+// the gradients of x and of the old cell state.
 struct Maps {
-  const float *x, *h, *c, *dh, *dc;  // dh, dc: gradients of the new state; null in the forward pass
-  float *new_h, *new_c, *dx, *dh_old, *dc_old;
+  const float *x, *h, *c, *dh, *dc;
+  float *out, *memory, *dh_old;
 };
 
 enum { X, H, C, DH, DC, DX, DHO, RH, MASK, MIX, ACT = MIX + 4, BUFFERS = ACT + 4 };
@@ -151,10 +153,8 @@ void backward_lstm(Scratch& s, const Gate* gate, Gate* grad, const Plane& p) {
 Ahead ahead(const Maps& maps, const Window& here, const Window& next) {
   if (here.plane.stack > 1 || here.shape.last) return {};
   const auto at = [](const float* map, const Window& w) { return map ? map + w.offset : nullptr; };
-  const auto read = [&](const float* map) { return at(map, next); };
-  const auto written = [&](const float* a, const float* b) { return at(a ? a : b, here); };
-  return {{read(maps.x), read(maps.h), read(maps.c), read(maps.dh), read(maps.dc), written(maps.new_h, maps.dx),
-           written(maps.new_c, maps.dc_old), written(maps.dh_old, nullptr)},
+  return {{at(maps.x, next), at(maps.h, next), at(maps.c, next), at(maps.dh, next), at(maps.dc, next), at(maps.out, here),
+           at(maps.memory, here), at(maps.dh_old, here)},
           here.shape.pixels()};
 }
 
@@ -171,9 +171,9 @@ void images(const Maps& maps, const Window& w, const Window& next, Scratch& s, c
   if (CELL == RNN) grad ? backward_rnn(s, gate, grad, p) : forward_rnn(s, gate, p);
   if (CELL == GRU) grad ? backward_gru(s, gate, grad, p) : forward_gru(s, gate, p);
   if (CELL == LSTM) grad ? backward_lstm(s, gate, grad, p) : forward_lstm(s, gate, p);
-  w.out(s[grad ? DX : ACT], grad ? maps.dx : maps.new_h);
-  if (grad) w.out(s[DHO], maps.dh_old);
-  if (CELL == LSTM) w.out(s[grad ? DC : ACT + 1], grad ? maps.dc_old : maps.new_c);
+  w.out(s[grad ? DX : ACT], maps.out);
+  if (CELL == LSTM) w.out(s[grad ? DC : ACT + 1], maps.memory);
+  w.out(s[DHO], maps.dh_old);
 }
 
 // Each task sums the parameters' gradients of its chunk and channels on its own. An exception would not leave the
@@ -210,32 +210,19 @@ int step(const Maps& maps, const Weights& weights, const Weights* grads, const S
   return failed;
 }
 
-int run(int64_t cell, const Maps& maps, const Weights& weights, const Weights* grads, const Shape& shape,
-        int64_t threads) {
-  if (cell == RNN) return step<RNN>(maps, weights, grads, shape, threads);
-  if (cell == GRU) return step<GRU>(maps, weights, grads, shape, threads);
-  return step<LSTM>(maps, weights, grads, shape, threads);
-}
-
 }  // namespace
 
-// sizes: N, C, H, W and whether the maps are channels last. Maps of the old state and of gradients may be null.
-// c is the old cell state of an LSTM; in the backward of an RNN it is the new hidden state. What comes back, here and
-// in norm.cpp, is 0, or 1 if memory was missing.
-extern "C" int regulate_forward(int64_t cell, const int64_t* sizes, int64_t chunks, int64_t threads, float* mix,
-                                 float* weight, float* bias, const float* x, const float* h, const float* c,
-                                 float* new_h, float* new_c) {
-  const Maps maps = {x, h, c, nullptr, nullptr, new_h, new_c, nullptr, nullptr, nullptr};
-  return run(cell, maps, {mix, weight, bias}, nullptr, Shape(sizes, chunks), threads);
-}
-
-extern "C" int regulate_backward(int64_t cell, const int64_t* sizes, int64_t chunks, int64_t threads, float* mix,
-                                  float* weight, float* bias, const float* x, const float* h, const float* c,
-                                  const float* dh, const float* dc, float* dx, float* dh_old, float* dc_old,
-                                  float* dmix, float* dweight, float* dbias) {
-  const Maps maps = {x, h, c, dh, dc, nullptr, nullptr, dx, dh_old, dc_old};
-  const Weights grads = {dmix, dweight, dbias};
-  return run(cell, maps, {mix, weight, bias}, &grads, Shape(sizes, chunks), threads);
+// sizes and chunks: see Shape. Maps of the old state and of gradients may be null, those of what is not asked for are; so
+// are dmix, dweight and dbias in the forward pass. c is the old cell state of an LSTM; in the backward of an RNN it is the
+// new hidden state. What comes back, here and in norm.cpp, is 0, or 1 if memory was missing.
+extern "C" int regulate_step(const int64_t* sizes, int64_t chunks, int64_t threads, int64_t cell, float* mix,
+                             float* weight, float* bias, const float* x, const float* h, const float* c,
+                             const float* dh, const float* dc, float* out, float* memory, float* dh_old, float* dmix,
+                             float* dweight, float* dbias) {
+  const Maps maps = {x, h, c, dh, dc, out, memory, dh_old};
+  const Weights weights = {mix, weight, bias}, grads = {dmix, dweight, dbias};
+  const auto run = cell == RNN ? step<RNN> : cell == GRU ? step<GRU> : step<LSTM>;
+  return run(maps, weights, dmix ? &grads : nullptr, Shape(sizes, chunks), threads);
 }
 
 // What this was compiled for, and how many floats its vectors have.

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..reference import GATES
-from .library import call, channels_last, chunks
+from .library import call, chunks
 
 _CELLS = {"rnn": 0, "gru": 1, "lstm": 2}
 
+Maybe = Tensor | None
 Weights = tuple[Tensor, Tensor, Tensor]
+Maps = tuple[Tensor, Maybe, Maybe, Maybe, Maybe]
 
 
 def forward(cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Weights) -> tuple[Tensor, Tensor]:
@@ -28,7 +32,7 @@ def forward(cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: W
     """
     new_h = torch.empty_like(x)
     new_c = torch.empty_like(x) if cell == "lstm" else x.new_empty(0)
-    _step("regulate_forward", cell, x, chunks(x), *weights, x, h, c, new_h, new_c)
+    _step(cell, weights, (x, h, c, None, None), (new_h, new_c, None), (None, None, None))
     return new_h, new_c
 
 
@@ -53,24 +57,22 @@ def backward(
     Returns:
         Those of x, h, c (empty for a cell without), mix, weight and bias.
     """
-    parts = chunks(x)
     dx, dh_old = torch.empty_like(x), torch.empty_like(x)
     dc_old = torch.empty_like(x) if cell == "lstm" else x.new_empty(0)
     memory = new_h if cell == "rnn" else c
     # Each chunk of the batch has its own sums: no locks, and the same order of additions every time.
-    sums = [weight.new_empty(parts, *weight.shape) for weight in weights]
-    _step("regulate_backward", cell, x, parts, *weights, x, h, memory, dh, dc, dx, dh_old, dc_old, *sums)
+    sums = [weight.new_empty(chunks(x), *weight.shape) for weight in weights]
+    _step(cell, weights, (x, h, memory, dh, dc), (dx, dc_old, dh_old), sums)
     return dx, dh_old, dc_old, *(part.sum(0) for part in sums)
 
 
-def _step(name: str, cell: str, x: Tensor, parts: int, *tensors: Tensor | None) -> None:
+def _step(cell: str, weights: Weights, maps: Maps, results: Sequence[Maybe], sums: Sequence[Maybe]) -> None:
     # The library reads as far as these sizes say. Autograd does not see what is exchanged through `.data`.
-    rows = GATES[cell] * x.shape[1]
-    weights, maps = ([t for t in part if t is not None and t.numel()] for part in (tensors[:3], tensors[3:8]))
-    if (rows and [w.numel() for w in weights] != [2 * rows, 9 * rows, rows]) or any(t.shape != x.shape for t in maps):
+    x = maps[0]
+    rows, given = GATES[cell] * x.shape[1], [t for t in maps if t is not None]
+    if (rows and [w.numel() for w in weights] != [2 * rows, 9 * rows, rows]) or any(t.shape != x.shape for t in given):
         raise RuntimeError(
             f"a step of {cell} over {tuple(x.shape)} has maps of that shape and weights of {rows} rows; got others: "
-            f"{[tuple(t.shape) for t in (*maps, *weights)]}; leave them as they are until the backward pass has run"
+            f"{[tuple(t.shape) for t in (*given, *weights)]}; leave them as they are until the backward pass has run"
         )
-    sizes = [*x.shape, int(channels_last(x))]
-    call(name, _CELLS[cell], sizes, parts, torch.get_num_threads(), *tensors)
+    call("regulate_step", x, _CELLS[cell], *weights, *maps, *results, *sums)
