@@ -42,11 +42,6 @@ class Target:
         """Name of the library."""
         return f"{self.name}.so"
 
-    @property
-    def flags(self) -> tuple[str, ...]:
-        """For the compiler."""
-        return (f"-march={self.name}",)
-
 
 _V3 = "avx2 fma bmi1 bmi2 f16c abm movbe"
 _V4 = f"{_V3} avx512f avx512bw avx512cd avx512dq avx512vl"
@@ -107,9 +102,11 @@ def make_library(command: Sequence[str], out: Path, target: Sequence[str] = _THI
     objects = [str(out.with_name(f"{unit.stem}.o")) for unit in _units()]
     for unit, made in zip(_units(), objects, strict=True):
         compiling = [*command, *_FLAGS, *target, "-c", str(unit), "-o", made]
-        if _run([*compiling, "-fopenmp"], out.parent) is not None:
-            _must(compiling, out.parent)
-    _must([*command, "-shared", *objects, "-o", str(out)], out.parent)
+        try:
+            _run([*compiling, "-fopenmp"], out.parent)
+        except BuildError:
+            _run(compiling, out.parent)
+    _run([*command, "-shared", *objects, "-o", str(out)], out.parent)
     if not out.is_file():
         raise BuildError(f"{command[0]} ended without an error and without a library")
 
@@ -126,7 +123,7 @@ def make_for_wheel(folder: Path, machine: str) -> list[Path]:
         with tempfile.TemporaryDirectory() as scratch:
             new = Path(scratch) / target.file
             try:
-                make_library(compiler(), new, target.flags)
+                make_library(compiler(), new, (f"-march={target.name}",))
             except BuildError as error:
                 _log.warning("this wheel goes without the kernels for %s: %s", target.name, error)
                 continue
@@ -135,24 +132,17 @@ def make_for_wheel(folder: Path, machine: str) -> list[Path]:
     return made
 
 
-def _must(command: list[str], folder: Path) -> None:
-    failure = _run(command, folder)
-    if failure is not None:
-        raise BuildError(f"{command[0]} made no library: {failure}")
-
-
-def _run(command: list[str], folder: Path) -> str | None:
-    """Run a compiler whose temporary files lie in a folder; return a line of its complaint, None for success."""
+def _run(command: list[str], folder: Path) -> None:
+    """Run a compiler whose temporary files lie in a folder; a BuildError has a line of its complaint."""
     environment = {**os.environ, "TMPDIR": str(folder)}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, timeout=_SECONDS)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        return str(error)
-    if done.returncode == 0:
-        return None
-    said = done.stderr.decode(errors="replace").strip().splitlines()
-    telling = [line for line in said if "error" in line.lower()] or said
-    return telling[-1] if telling else f"exit status {done.returncode}"
+        raise BuildError(f"{command[0]} made no library: {error}") from error
+    if done.returncode != 0:
+        said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {done.returncode}"]
+        telling = [line for line in said if "error" in line.lower()] or said
+        raise BuildError(f"{command[0]} made no library: {telling[-1]}")
 
 
 def _units() -> list[Path]:
