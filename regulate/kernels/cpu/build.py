@@ -149,12 +149,16 @@ def _units() -> list[Path]:
     return sorted(_HERE.glob("*.cpp"))
 
 
+def told_of_processor(*names: str) -> list[str]:
+    """Return what Linux says of the processor under these names, each once, in order; nothing where it does not say."""
+    try:
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    except OSError:
+        return []
+    return sorted({value.strip() for name, _, value in lines if name.strip().lower() in names})
+
+
 def _processor() -> str:
     """Return what tells one kind of processor from another: its name and its instruction sets."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    telling = ("flags", "features", "model name")
-    told = {line for line in lines if line.partition(":")[0].strip().lower() in telling}
-    return "\n".join([platform.machine(), platform.processor(), *sorted(told)])
+    told = told_of_processor("flags", "features", "model name")
+    return "\n".join([platform.machine(), platform.processor(), *told])

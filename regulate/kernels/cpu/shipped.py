@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
-from .build import TARGETS
+from .build import TARGETS, told_of_processor
 
 FOLDER = Path(__file__).parent / "compiled"
 
@@ -21,12 +21,5 @@ def libraries() -> list[Path]:
 
 def features() -> set[str]:
     """Return the processor's features, by the names that Linux has for them; empty where it does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    for line in lines:
-        name, _, listed = line.partition(":")
-        if name.strip().lower() in ("flags", "features"):
-            return set(listed.split())
-    return set()
+    cores = [set(listed.split()) for listed in told_of_processor("flags", "features")]
+    return set.intersection(*cores) if cores else set()
