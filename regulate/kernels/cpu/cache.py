@@ -13,7 +13,7 @@ import stat
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -35,23 +35,18 @@ def library_file(key: str, make: Callable[[Path], None]) -> Iterator[Path]:
         key: a name for the library.
         make: writes it to the path that it gets; called if there is no sound one. What it raises passes through.
     """
-    path: Path | str
-    try:
-        path = _from(_private_folder(), key, make)
-    except (OSError, RuntimeError) as error:
-        path = str(error)
-    if isinstance(path, Path):
+    with ExitStack() as stack:
+        try:
+            path = _from(_private_folder(), key, make)
+        except (OSError, RuntimeError) as error:
+            warnings.warn(
+                f"regulate compiles its CPU kernels for this process alone, as their cache cannot be used: {error}; "
+                "set XDG_CACHE_HOME to a folder of your own",
+                stacklevel=2,
+            )
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="regulate-"))) / "kernels.so"
+            make(path)
         yield path
-        return
-    warnings.warn(
-        f"regulate compiles its CPU kernels for this process alone, as their cache cannot be used: {path}; "
-        "set XDG_CACHE_HOME to a folder of your own",
-        stacklevel=2,
-    )
-    with tempfile.TemporaryDirectory(prefix="regulate-") as scratch:
-        alone = Path(scratch) / "kernels.so"
-        make(alone)
-        yield alone
 
 
 def _private_folder() -> Path:

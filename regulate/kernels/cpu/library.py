@@ -100,13 +100,10 @@ def instruction_set() -> str | None:
     One of `"AVX-512"` (vectors of 16 floats), `"AVX2"` (8), `"SSE2"`, `"NEON"` and `"generic"` (4).
     """
     found = library()
-    return None if isinstance(found, str) else str(_name(found).decode())
-
-
-def _name(library: ctypes.CDLL) -> bytes:
-    library.regulate_instruction_set.restype = ctypes.c_char_p
-    name: bytes = library.regulate_instruction_set()
-    return name
+    if isinstance(found, str):
+        return None
+    found.regulate_instruction_set.restype = ctypes.c_char_p
+    return str(found.regulate_instruction_set().decode())
 
 
 def library() -> ctypes.CDLL | str:
