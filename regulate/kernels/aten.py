@@ -13,10 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .addresses import has_address
-from .reference import differentiable
-
-Maybe = Tensor | None
-Weights = tuple[Tensor, Tensor, Tensor]
+from .reference import Maybe, Weights, differentiable
 
 
 def step(cell: str, x: Tensor, h: Maybe, c: Maybe, mix: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Maybe]:

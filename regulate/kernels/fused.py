@@ -10,9 +10,7 @@ from torch import Tensor
 
 from .addresses import has_address
 from .cpu import native
-from .reference import differentiable
-
-Maybe = Tensor | None
+from .reference import Maybe, Weights, differentiable
 
 
 def forward(
@@ -60,7 +58,7 @@ def _alike(x: Tensor, *maps: Maybe) -> Any:
     return [None if t is None else t.contiguous(memory_format=form) for t in (x, *maps)]
 
 
-def _dense(mix: Tensor, weight: Tensor, bias: Tensor) -> native.Weights:
+def _dense(mix: Tensor, weight: Tensor, bias: Tensor) -> Weights:
     return mix.contiguous(), weight.contiguous(), bias.contiguous()
 
 

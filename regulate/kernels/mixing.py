@@ -11,8 +11,7 @@ from .._compat.autograd import saving_hooks
 from .._compat.compiler import is_exporting
 from .choose import eager_on_cpu
 from .norm import Source, source_of
-
-Maybe = Tensor | None
+from .reference import Maybe
 
 
 def mixed(x: Tensor, h: Tensor, weight: Tensor, bias: Maybe = None) -> Maybe:

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from .._compat.operators import flop_formula
 from . import fused
-from .reference import GATES
+from .reference import GATES, Maybe
 
 _ARGUMENTS = "str cell, Tensor x, Tensor? h, Tensor? c, Tensor mix, Tensor weight, Tensor bias"
 
-Maybe = Tensor | None
 
 light_step = torch.library.custom_op(
     "regulate::light_step",

@@ -19,6 +19,8 @@ _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 State = tuple[Tensor, ...]
 Gates = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 Maybe = Tensor | None
+# mix, weight and bias of all gates, the candidate last.
+Weights = tuple[Tensor, Tensor, Tensor]
 
 # How many gates the steps have that have faster forms.
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}

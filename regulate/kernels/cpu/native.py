@@ -7,13 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..reference import GATES
+from ..reference import GATES, Maybe, Weights
 from .library import call, chunks
 
 _CELLS = {"rnn": 0, "gru": 1, "lstm": 2}
 
-Maybe = Tensor | None
-Weights = tuple[Tensor, Tensor, Tensor]
 Maps = tuple[Tensor, Maybe, Maybe, Maybe, Maybe]
 
 

@@ -8,11 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..cpu.native import Weights
-from ..reference import GATES
+from ..reference import GATES, Maybe, Weights
 from . import triton_kernels as kernels
-
-Maybe = Tensor | None
 
 
 def forward(cell: str, x: Tensor, h: Maybe, c: Maybe, weights: Weights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
