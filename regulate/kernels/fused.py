@@ -17,7 +17,7 @@ def forward(
     cell: str, x: Tensor, h: Maybe, c: Maybe, mix: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return the new hidden and cell state, see `native.forward`; any memory format, results of type `dtype`."""
-    x, h, c = _alike(x, h, c)
+    x, h, c = alike(x, h, c)
     if x.device.type == "cpu":
         return native.forward(cell, x, h, c, _dense(mix, weight, bias))
     from .cuda import triton_step  # Triton is there only beside a GPU
@@ -38,7 +38,7 @@ def backward(
     dc: Maybe,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x, h, c, mix, weight and bias, see `native.backward`; maps of any memory format."""
-    x, h, c, new_h, dh, dc = _alike(x, h, c, new_h, dh, dc)
+    x, h, c, new_h, dh, dc = alike(x, h, c, new_h, dh, dc)
     weights = _dense(mix, weight, bias)
     if x.device.type == "cpu":
         return native.backward(cell, x, h, c, weights, new_h, dh, dc)
@@ -53,7 +53,8 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def _alike(x: Tensor, *maps: Maybe) -> Any:
+def alike(x: Tensor, *maps: Maybe) -> Any:
+    """Return the maps in one memory format, x's where it has one; None for None."""
     form = memory_format(x)
     return [None if t is None else t.contiguous(memory_format=form) for t in (x, *maps)]
 

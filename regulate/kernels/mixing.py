@@ -10,6 +10,8 @@ from torch import Tensor
 from .._compat.autograd import saving_hooks
 from .._compat.compiler import is_exporting
 from .choose import eager_on_cpu
+from .cpu.library import channels_last
+from .fused import alike
 from .norm import Source, source_of
 from .reference import Maybe
 
@@ -34,7 +36,9 @@ def mixed(x: Tensor, h: Tensor, weight: Tensor, bias: Maybe = None) -> Maybe:
         return None
     if torch.get_float32_matmul_precision() != "highest":  # which products follow on the CPU, and convolutions do not
         return None
-    if weight.shape[1:] != (x.shape[1] + h.shape[1], 1, 1) or _format(x) is None:
+    if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
+        return None
+    if weight.shape[1:] != (x.shape[1] + h.shape[1], 1, 1):
         return None
     return _Mix.apply(x, h, weight, bias, *_kept_instead(h))  # type: ignore[no-any-return, no-untyped-call]
 
@@ -70,20 +74,13 @@ def _inductor_lays_out(x: Tensor) -> bool:
     return torch.compiler.is_compiling() and not is_exporting() and x.dim() == 4 and x.device.type == "cpu"
 
 
-def _format(x: Tensor) -> torch.memory_format | None:
-    for form in (torch.contiguous_format, torch.channels_last):
-        if x.is_contiguous(memory_format=form):
-            return form
-    return None
-
-
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, h: Tensor, weight: Tensor, bias: Maybe, *source: Any) -> Tensor:
         ctx.save_for_backward(x, weight, *(source[:-1] or (h,)))
         ctx.eps = source[-1:]
         of_x, of_h = _halves(weight, x.shape[1])
-        if _format(x) == torch.channels_last:
+        if channels_last(x):
             flat = torch.mm(_rows(x), of_x.t()) if bias is None else torch.addmm(bias, _rows(x), of_x.t())
             return flat.addmm_(_rows(h), of_h.t()).view(len(x), *x.shape[2:], len(weight)).permute(0, 3, 1, 2)
         of_x, of_h = (part.expand(len(x), -1, -1) for part in (of_x, of_h))
@@ -97,8 +94,8 @@ class _Mix(torch.autograd.Function):
         x, weight, h, *norm = ctx.saved_tensors
         if norm and ctx.needs_input_grad[2]:
             h = Source(h, *norm, *ctx.eps).again()
-        last = _format(x) == torch.channels_last
-        dy = dy.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        x, dy = alike(x, dy)
+        last = channels_last(x)
         halves = zip((x, h), _halves(weight, x.shape[1]), ctx.needs_input_grad, strict=False)
         maps = [(_spread_last if last else _spread)(dy, part, t) if needed else None for t, part, needed in halves]
         sums = [(_sums_last if last else _sums)(dy, t) for t in (x, h)] if ctx.needs_input_grad[2] else []

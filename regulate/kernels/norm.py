@@ -12,7 +12,8 @@ from torch.utils.weak import TensorWeakRef
 
 from .addresses import has_address
 from .choose import native_here
-from .cpu.library import call, channels_last
+from .cpu.library import call
+from .fused import alike
 
 _SOURCE = "_regulate_source"
 
@@ -43,8 +44,11 @@ def norm_relu(norm: nn.BatchNorm2d, x: Tensor, unfused: Tensor | None = None) ->
         return None
     if not _readable(x, norm.weight, norm.bias, *moments) or not _beside(x, unfused):
         return None
-    # torch's norm says what is wrong with a single value.
-    return _in_training(norm, _dense(x), unfused) if x.numel() > x.shape[1] else None
+    if x.numel() <= x.shape[1]:  # torch's norm says what is wrong with a single value
+        return None
+    y, stats = _NormReLU.apply(*alike(x), norm.weight, norm.bias, float(norm.eps), unfused)  # type: ignore[no-untyped-call]
+    move(norm, stats)
+    return y  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Source:
     def again(self) -> Tensor:
         """Return the map, to the bit; running statistics stay."""
         if _readable(self.x, self.weight, self.bias):
-            y, _ = _NormReLU.apply(_dense(self.x), self.weight, self.bias, self.eps, None)  # type: ignore[no-untyped-call]
+            y, _ = _NormReLU.apply(*alike(self.x), self.weight, self.bias, self.eps, None)  # type: ignore[no-untyped-call]
             return y  # type: ignore[no-any-return]
         # Hooks of saved tensors brought back something else.
         return F.relu(F.batch_norm(self.x, None, None, self.weight, self.bias, True, 0.0, self.eps))
@@ -92,22 +96,6 @@ def _beside(x: Tensor, unfused: Tensor | None) -> bool:
     return unfused is None or (native_here(unfused) and unfused.shape == x.shape)
 
 
-def _dense(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
-
-
-def _as(x: Tensor, other: Tensor | None) -> Tensor | None:
-    """Return the other map as the library reads x."""
-    form = torch.channels_last if channels_last(x) else torch.contiguous_format
-    return None if other is None else other.contiguous(memory_format=form)
-
-
-def _in_training(norm: nn.BatchNorm2d, x: Tensor, unfused: Tensor | None) -> Tensor:
-    y, stats = _NormReLU.apply(x, norm.weight, norm.bias, float(norm.eps), unfused)  # type: ignore[no-untyped-call]
-    move(norm, stats)
-    return y  # type: ignore[no-any-return]
-
-
 def move(norm: nn.BatchNorm2d, stats: Tensor) -> None:
     """Move the running statistics of a norm in training towards those of a batch, (3, C) as `_NormReLU` has them."""
     if norm.training and norm.running_mean is not None and norm.running_var is not None:
@@ -127,7 +115,7 @@ class _NormReLU(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, unfused: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         y, stats, below = torch.empty_like(x), x.new_empty(3, x.shape[1]), x.new_empty(1)
-        call("regulate_norm_relu", x, x, weight, bias, eps, _as(x, unfused), stats, below, y)
+        call("regulate_norm_relu", x, x, weight, bias, eps, alike(x, unfused)[1], stats, below, y)
         ctx.save_for_backward(x, weight, bias, stats, unfused if below.item() else None)
         ctx.eps = eps
         if unfused is None:
@@ -143,8 +131,8 @@ class _NormReLU(torch.autograd.Function):
         if torch.is_grad_enabled() or not has_address(dy):
             return *_differentiable(x, weight, bias, ctx.eps, dy), None, of_unfused
         # Hooks of saved tensors, such as those that offload them, may bring them back in other strides.
-        x, weight, bias, stats = _dense(x), weight.contiguous(), bias.contiguous(), stats.contiguous()
-        dy = dy.contiguous(memory_format=torch.channels_last if channels_last(x) else torch.contiguous_format)
+        x, dy = alike(x, dy)
+        weight, bias, stats = weight.contiguous(), bias.contiguous(), stats.contiguous()
         if dy.shape != x.shape or stats.shape != (3, *x.shape[1:2]) or {weight.shape, bias.shape} != {x.shape[1:2]}:
             raise RuntimeError("the maps or weights of a norm were exchanged for others before its backward pass ran")
         dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
