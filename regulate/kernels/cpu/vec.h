@@ -14,29 +14,22 @@
 namespace {
 
 // As wide as the registers that this is compiled for. A wider vector would be right as well, but compilers break its
-// comparisons and selections into single floats.
+// comparisons and selections into single floats. REGISTERS: how many there are for them.
 #if defined(__AVX512F__)
-constexpr int LANES = 16;
+constexpr int LANES = 16, REGISTERS = 32;
 constexpr char INSTRUCTION_SET[] = "AVX-512";
 #elif defined(__AVX2__)
-constexpr int LANES = 8;
+constexpr int LANES = 8, REGISTERS = 16;
 constexpr char INSTRUCTION_SET[] = "AVX2";
 #elif defined(__SSE2__)
-constexpr int LANES = 4;
+constexpr int LANES = 4, REGISTERS = 16;
 constexpr char INSTRUCTION_SET[] = "SSE2";
 #elif defined(__ARM_NEON)
-constexpr int LANES = 4;
+constexpr int LANES = 4, REGISTERS = 32;
 constexpr char INSTRUCTION_SET[] = "NEON";
 #else
-constexpr int LANES = 4;
+constexpr int LANES = 4, REGISTERS = 16;
 constexpr char INSTRUCTION_SET[] = "generic";
-#endif
-
-// The registers that hold them.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int REGISTERS = 32;
-#else
-constexpr int REGISTERS = 16;
 #endif
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
