@@ -34,16 +34,20 @@ def step(cell: str, x: Tensor, h: Maybe, c: Maybe, mix: Tensor, weight: Tensor, 
     tensors = (x, h, c, mix, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _Step.apply(cell, *tensors)  # type: ignore[no-any-return, no-untyped-call]
-    new_h, new_c, _ = _FORWARD[cell](_Gates(x, (mix, weight, bias)), h, c, False)
+    new_h, new_c, _ = _FORWARD[cell](_Gates(*tensors), False)
     return new_h, new_c
+
+
+# The new hidden state, the new cell state of an LSTM, and the gates if they are kept.
+Made = tuple[Tensor, Maybe, tuple[Tensor, ...]]
 
 
 class _Gates:
     """The gates of one step before their activation, and their gradients; the mix of each lies in one buffer."""
 
-    def __init__(self, x: Tensor, weights: Weights) -> None:
-        self.x, self.width = x, x.shape[1]
-        self.weights = weights
+    def __init__(self, x: Tensor, h: Maybe, c: Maybe, *weights: Tensor) -> None:
+        self.x, self.h, self.c, self.weights = x, h, c, weights
+        self.width = x.shape[1]
         self.buffer = torch.empty_like(x)
 
     def _of(self, k: int) -> Weights:
@@ -74,12 +78,13 @@ class _Gates:
         grads[1][rows], grads[2][rows] = dweight, dbias
 
 
-def _rnn(gates: _Gates, h: Maybe, c: Maybe, keep: bool) -> tuple[Tensor, Maybe, tuple[Tensor, ...]]:
-    new = gates.forward(0, h).tanh_()
+def _rnn(gates: _Gates, keep: bool) -> Made:
+    new = gates.forward(0, gates.h).tanh_()
     return new, None, (new,) if keep else ()
 
 
-def _gru(gates: _Gates, h: Maybe, c: Maybe, keep: bool) -> tuple[Tensor, Maybe, tuple[Tensor, ...]]:
+def _gru(gates: _Gates, keep: bool) -> Made:
+    h = gates.h
     z = gates.forward(1, h).sigmoid_()
     if h is None:
         # H = z.n, and the reset gate has nothing to reset.
@@ -90,7 +95,8 @@ def _gru(gates: _Gates, h: Maybe, c: Maybe, keep: bool) -> tuple[Tensor, Maybe, 
     return torch.lerp(h, n, z), None, (r, z, n) if keep else ()
 
 
-def _lstm(gates: _Gates, h: Maybe, c: Maybe, keep: bool) -> tuple[Tensor, Maybe, tuple[Tensor, ...]]:
+def _lstm(gates: _Gates, keep: bool) -> Made:
+    h, c = gates.h, gates.c
     i, g = gates.forward(0, h).sigmoid_(), gates.forward(2, h).tanh_()
     new_c = i * g if keep else i.mul_(g)
     # Without an old state nothing is forgotten, but its gate has a gradient to give: zero.
@@ -108,7 +114,7 @@ _FORWARD = {"rnn": _rnn, "gru": _gru, "lstm": _lstm}
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, cell: str, x: Tensor, h: Maybe, c: Maybe, *weights: Tensor) -> tuple[Tensor, Maybe]:
-        new_h, new_c, gates = _FORWARD[cell](_Gates(x, (weights[0], weights[1], weights[2])), h, c, True)
+        new_h, new_c, gates = _FORWARD[cell](_Gates(x, h, c, *weights), True)
         ctx.cell = cell
         ctx.save_for_backward(x, h, c, *weights, new_c, *gates)
         return new_h, new_c
@@ -119,11 +125,10 @@ class _Step(torch.autograd.Function):
         dh = torch.zeros_like(x) if dh is None else dh
         if torch.is_grad_enabled() or not has_address(dh, dc):
             return None, *differentiable(ctx.cell, (x, h, c, mix, weight, bias), (dh, dc))
-        weights = (mix, weight, bias)
         dx, dh_old = torch.zeros_like(x), torch.zeros_like(x)
         grads = (torch.zeros_like(mix), torch.zeros_like(weight), torch.zeros_like(bias))
-        into = (dx, dh_old, grads)
-        dc_old = _BACKWARD[ctx.cell](_Gates(x, weights), h, c, new_c, gates, dh, dc, into)
+        of = _Gates(x, h, c, mix, weight, bias)
+        dc_old = _BACKWARD[ctx.cell](of, new_c, gates, dh, dc, (dx, dh_old, grads))
         return None, dx, None if h is None else dh_old, None if c is None else dc_old, *grads
 
 
@@ -132,23 +137,18 @@ _sigmoid = torch.ops.aten.sigmoid_backward
 _tanh = torch.ops.aten.tanh_backward
 
 
-def _rnn_back(
-    of: _Gates, h: Maybe, c: Maybe, new_c: Maybe, gates: list[Tensor], dh: Tensor, dc: Maybe, into: Into
-) -> Maybe:
-    of.backward(0, h, _tanh(dh, gates[0]), *into)
+def _rnn_back(of: _Gates, new_c: Maybe, gates: list[Tensor], dh: Tensor, dc: Maybe, into: Into) -> Maybe:
+    of.backward(0, of.h, _tanh(dh, gates[0]), *into)
     return None
 
 
-def _gru_back(
-    of: _Gates, h: Maybe, c: Maybe, new_c: Maybe, gates: list[Tensor], dh: Tensor, dc: Maybe, into: Into
-) -> Maybe:
+def _gru_back(of: _Gates, new_c: Maybe, gates: list[Tensor], dh: Tensor, dc: Maybe, into: Into) -> Maybe:
     r, z, n = gates
-    _, dh_old, _ = into
+    h, (dx, dh_old, grads) = of.h, into
     if h is None:
         of.backward(2, None, _tanh(dh * z, n), *into)
         of.backward(1, None, _sigmoid(dh * n, z), *into)
         return None
-    dx, _, grads = into
     reset = torch.zeros_like(dh)
     of.backward(2, r * h, _tanh(dh * z, n), dx, reset, grads)
     dh_old.addcmul_(dh, 1 - z).addcmul_(reset, r)
@@ -157,10 +157,9 @@ def _gru_back(
     return None
 
 
-def _lstm_back(
-    of: _Gates, h: Maybe, c: Maybe, new_c: Maybe, gates: list[Tensor], dh: Tensor, dc: Maybe, into: Into
-) -> Maybe:
+def _lstm_back(of: _Gates, new_c: Maybe, gates: list[Tensor], dh: Tensor, dc: Maybe, into: Into) -> Maybe:
     i, f, g, o = gates
+    h, c = of.h, of.c
     assert new_c is not None
     t = new_c.tanh()
     of.backward(3, h, _sigmoid(dh * t, o), *into)
