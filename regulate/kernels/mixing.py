@@ -12,7 +12,7 @@ from .._compat.compiler import is_exporting
 from .choose import eager_on_cpu
 from .cpu.library import channels_last
 from .fused import alike
-from .norm import Source, source_of
+from .norm import again, made_of
 from .reference import Maybe
 
 
@@ -40,16 +40,9 @@ def mixed(x: Tensor, h: Tensor, weight: Tensor, bias: Maybe = None) -> Maybe:
         return None
     if weight.shape[1:] != (x.shape[1] + h.shape[1], 1, 1):
         return None
-    return _Mix.apply(x, h, weight, bias, *_kept_instead(h))  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _kept_instead(h: Tensor) -> tuple[Any, ...]:
-    """Return what h is to be made of again for the gradient of the weights, the fields of a `Source`, or nothing.
-
-    In gradient checkpointing nobody but this convolution would keep h; what it was made of is kept by its norm.
-    """
-    source = source_of(h) if torch.is_grad_enabled() and saving_hooks() is not None else None
-    return () if source is None else (source.x, source.weight, source.bias, source.eps)
+    # In gradient checkpointing nobody else would keep h, while its norm keeps what it was made of.
+    source = made_of(h) if torch.is_grad_enabled() and saving_hooks() is not None else ()
+    return _Mix.apply(x, h, weight, bias, *source)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def joined(x: Tensor, h: Tensor) -> Tensor:
@@ -93,7 +86,7 @@ class _Mix(torch.autograd.Function):
         # In torch's operations on what was given, so that it can be differentiated again.
         x, weight, h, *norm = ctx.saved_tensors
         if norm and ctx.needs_input_grad[2]:
-            h = Source(h, *norm, *ctx.eps).again()
+            h = again(h, *norm, *ctx.eps)
         x, dy = alike(x, dy)
         last = channels_last(x)
         halves = zip((x, h), _halves(weight, x.shape[1]), ctx.needs_input_grad, strict=False)

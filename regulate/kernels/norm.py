@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from .choose import native_here
 from .cpu.library import call
 from .fused import alike
 
-_SOURCE = "_regulate_source"
+_MADE_OF = "_regulate_made_of"
 
 
 def norm_relu(norm: nn.BatchNorm2d, x: Tensor, unfused: Tensor | None = None) -> Tensor | None:
@@ -51,38 +50,17 @@ def norm_relu(norm: nn.BatchNorm2d, x: Tensor, unfused: Tensor | None = None) ->
     return y  # type: ignore[no-any-return]
 
 
-@dataclass(frozen=True)
-class Source:
-    """What `norm_relu` made a map of, and can make it of again.
-
-    Args:
-        x: the map before the norm, (N, C, H, W).
-        weight: (C,).
-        bias: (C,).
-        eps: the norm's.
-    """
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-    def again(self) -> Tensor:
-        """Return the map, to the bit; running statistics stay."""
-        if _readable(self.x, self.weight, self.bias):
-            y, _ = _NormReLU.apply(*alike(self.x), self.weight, self.bias, self.eps, None)  # type: ignore[no-untyped-call]
-            return y  # type: ignore[no-any-return]
-        # Hooks of saved tensors brought back something else.
-        return F.relu(F.batch_norm(self.x, None, None, self.weight, self.bias, True, 0.0, self.eps))
+def made_of(y: Tensor) -> tuple[Any, ...]:
+    """Return what `again` makes a map of; nothing if `norm_relu` made it not from one map, or it was changed since."""
+    *references, eps = getattr(y.grad_fn, _MADE_OF, (None,))
+    held = [reference() for reference in references]
+    return (*held, eps) if held and not y._version and all(t is not None for t in held) else ()
 
 
-def source_of(y: Tensor) -> Source | None:
-    """Return what a map was made of; None if `norm_relu` has not made it from one map, or it was changed since."""
-    made_of = getattr(y.grad_fn, _SOURCE, None)
-    if made_of is None or y._version:
-        return None
-    x, weight, bias = (reference() for reference in made_of[:-1])
-    return Source(x, weight, bias, made_of[-1]) if x is not None and weight is not None and bias is not None else None
+def again(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Return `ReLU(norm(x))`, in training, as `norm_relu` made it, to the bit; running statistics stay."""
+    y, _ = _NormReLU.apply(*alike(x), weight.contiguous(), bias.contiguous(), eps, None)  # type: ignore[no-untyped-call]
+    return y  # type: ignore[no-any-return]
 
 
 def _readable(x: Tensor, *values: Tensor) -> bool:
@@ -120,7 +98,7 @@ class _NormReLU(torch.autograd.Function):
         ctx.eps = eps
         if unfused is None:
             # Weakly: what is kept for the backward pass is for the hooks of saved tensors to decide.
-            setattr(ctx, _SOURCE, (*map(TensorWeakRef, (x, weight, bias)), eps))
+            setattr(ctx, _MADE_OF, (*map(TensorWeakRef, (x, weight, bias)), eps))
         ctx.mark_non_differentiable(stats)
         return y, stats
 
