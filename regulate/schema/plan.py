@@ -121,15 +121,11 @@ class Plan:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Plan:
         """Rebuild a plan from `to_dict`'s result."""
-        return cls(
-            model=values["model"],
-            options=dict(values["options"]),
-            input_size=tuple(values["input_size"]),
-            stages=tuple(stage_from_dict(stage) for stage in values["stages"]),
-            skipped=tuple(Skipped(**entry) for entry in values["skipped"]),
-            base_parameters=values["base_parameters"],
-            base_macs=values["base_macs"],
-        )
+        stages = tuple(stage_from_dict(stage) for stage in values["stages"])
+        skipped = tuple(Skipped(**entry) for entry in values["skipped"])
+        size, options = tuple(values["input_size"]), dict(values["options"])
+        kept = {name: values[name] for name in ("model", "base_parameters", "base_macs")}
+        return cls(**kept, options=options, input_size=size, stages=stages, skipped=skipped)
 
     def __str__(self) -> str:
         return _text(self)

@@ -12,25 +12,9 @@ __all__ = ["PREFIX", "architectures", "tagged"]
 
 # Files of timm.models.
 _MODULES = (
-    "resnet",
-    "senet",
-    "resnetv2",
-    "regnet",
-    "byobnet",
-    "byoanet",
-    "sknet",
-    "res2net",
-    "resnest",
-    "dpn",
-    "inception_resnet_v2",
-    "nfnet",
-    "cspnet",
-    "tresnet",
-    "dla",
-    "hrnet",
-    "xception",
-    "xception_aligned",
-)
+    "resnet", "senet", "resnetv2", "regnet", "byobnet", "byoanet", "sknet", "res2net", "resnest", "dpn",
+    "inception_resnet_v2", "nfnet", "cspnet", "tresnet", "dla", "hrnet", "xception", "xception_aligned",
+)  # fmt: skip
 # Those of them where every stage has one block, which has nothing to carry, or whose blocks are no sequence.
 _WITHOUT = ("resnet10t", "resnet14t", "resnest14d", "darknet17", "*_pruned", "mobileone_*", "repvgg_*", "test_*")
 

@@ -62,14 +62,8 @@ class Setting:
 
     def network(self) -> nn.Module:
         """Build the plain network."""
-        opened = open_model(
-            self.model,
-            weights=self.weights,
-            num_classes=self.num_classes,
-            in_chans=self.in_chans,
-            config=self.config,
-        )
-        return backbone_and_options(opened, self.config)[0]
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("weights", "num_classes", "in_chans")}
+        return backbone_and_options(open_model(self.model, **options, config=self.config), self.config)[0]
 
 
 def measure(setting: Setting) -> dict[str, Any]:

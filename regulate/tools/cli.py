@@ -116,15 +116,9 @@ def _config(args: argparse.Namespace) -> RegulatorConfig:
 
 
 def _opened(args: argparse.Namespace) -> nn.Module:
+    options = {name: getattr(args, name) for name in ("pretrained", "weights", "num_classes", "in_chans")}
     with working(f"building {args.model}"):
-        return open_model(
-            args.model,
-            pretrained=args.pretrained,
-            weights=args.weights,
-            num_classes=args.num_classes,
-            in_chans=args.in_chans,
-            config=_config(args),
-        )
+        return open_model(args.model, **options, config=_config(args))
 
 
 def _size(args: argparse.Namespace) -> int | tuple[int, ...] | None:
