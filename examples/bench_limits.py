@@ -18,6 +18,7 @@ import json
 import statistics
 import subprocess
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -156,9 +157,12 @@ def table(found: dict[str, Any]) -> str:
         f"{one['bandwidth'] / 1e9:.1f} GB per second"
         for threads, one in found["peak"].items()
     )
-    lines = [
+    head = (
         f"{machine['processor']}, {machine['instruction set']}, {machine['threads']} threads, "
-        f"torch {machine['torch']}. Most of {rates}.",
+        f"torch {machine['torch']}. Most of {rates}."
+    )
+    lines = [
+        textwrap.fill(head, 100, break_on_hyphens=False),
         "",
         f"| {cell.upper()}, {machine['instruction set']} | MB | GB/s | multiply-adds | bytes, ms | multiply-adds, ms | "
         "reached, ms | limit / reached |",
