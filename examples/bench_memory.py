@@ -52,6 +52,15 @@ def count(setting: Setting, config: RegulatorConfig | None) -> int:
     return peak(work)
 
 
+def table(found: dict[str, dict[str, int]]) -> str:
+    """Return the figures in Markdown."""
+    lines = ["| tensors at the peak, MiB | plain | regulated | ratio |", "|---|---|---|---|"]
+    for name, one in found.items():
+        plain, regulated = one["plain"], one["regulated"]
+        lines.append(f"| `{name}` | {plain / 2**20:,.0f} | {regulated / 2**20:,.0f} | {regulated / plain:.3f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Count, print a table, and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -60,13 +69,12 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.names) - set(NAMES):
         parser.error(f"no such measurement: {', '.join(sorted(unknown))}")
-    print("| tensors at the peak, MiB | plain | regulated | ratio |\n|---|---|---|---|")
-    found = {}
-    for name in args.names or NAMES:
-        setting = NAMES[name]
-        plain, regulated = count(setting, None), count(setting, setting.config)
-        found[name] = {"plain": plain, "regulated": regulated}
-        print(f"| `{name}` | {plain / 2**20:,.0f} | {regulated / 2**20:,.0f} | {regulated / plain:.3f} |", flush=True)
+    settings = {name: NAMES[name] for name in args.names or NAMES}
+    found = {
+        name: {"plain": count(setting, None), "regulated": count(setting, setting.config)}
+        for name, setting in settings.items()
+    }
+    print(table(found))
     if args.json:
         args.json.write_text(json.dumps({"machine": machine("cpu"), "peak_bytes": found}, indent=1) + "\n")
 

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import bench_ablations
 import bench_limits
+import bench_memory
 import bench_suite
 from experiments import results, tables
 from experiments.registry import EXPERIMENTS, jobs
@@ -101,6 +102,12 @@ def test_the_performance_page_shows_what_was_measured():
                 setting.batch,
             )
         assert bench_suite.table(title, found) in page
+
+
+def test_the_performance_page_shows_the_tensors_that_were_counted():
+    found = json.loads((RESULTS / "performance" / "tensors.json").read_text())["peak_bytes"]
+    assert list(found) == list(bench_memory.NAMES)
+    assert bench_memory.table(found) in (ROOT / "docs" / "performance.md").read_text()
 
 
 def test_the_performance_page_shows_the_limits_and_the_ablations_that_were_measured():
