@@ -1,10 +1,11 @@
-"""The 1x1 convolution of concat[x, h] as matrix products, without the concatenation."""
+"""The 1x1 convolution of concat[x, h] in two halves, without the concatenation."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._compat.autograd import saving_hooks
@@ -72,11 +73,10 @@ class _Mix(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, h: Tensor, weight: Tensor, bias: Maybe, *source: Any) -> Tensor:
         ctx.save_for_backward(x, weight, *(source[:-1] or (h,)))
         ctx.eps = source[-1:]
-        of_x, of_h = _halves(weight, x.shape[1])
-        if channels_last(x):
-            flat = torch.mm(_rows(x), of_x.t()) if bias is None else torch.addmm(bias, _rows(x), of_x.t())
-            return flat.addmm_(_rows(h), of_h.t()).view(len(x), *x.shape[2:], len(weight)).permute(0, 3, 1, 2)
-        of_x, of_h = (part.expand(len(x), -1, -1) for part in (of_x, of_h))
+        of_x, of_h = _halves(x, weight)
+        if not _is_narrow(x, weight):
+            return F.conv2d(x, of_x, bias).add_(F.conv2d(h, of_h))
+        of_x, of_h = (part.flatten(1).expand(len(x), -1, -1) for part in (of_x, of_h))
         # Not matmul: it folds the batch into the columns, which leaves the result transposed.
         flat = torch.bmm(of_x, x.flatten(2)) if bias is None else torch.baddbmm(bias[:, None], of_x, x.flatten(2))
         return flat.baddbmm_(of_h, h.flatten(2)).view(len(x), len(weight), *x.shape[2:])
@@ -88,37 +88,35 @@ class _Mix(torch.autograd.Function):
         if norm and ctx.needs_input_grad[2]:
             h = again(h, *norm, *ctx.eps)
         x, dy = alike(x, dy)
-        last = channels_last(x)
-        halves = zip((x, h), _halves(weight, x.shape[1]), ctx.needs_input_grad, strict=False)
-        maps = [(_spread_last if last else _spread)(dy, part, t) if needed else None for t, part, needed in halves]
-        sums = [(_sums_last if last else _sums)(dy, t) for t in (x, h)] if ctx.needs_input_grad[2] else []
+        run = _by_products if _is_narrow(x, weight) else _by_convolution
+        needed = [(needs, ctx.needs_input_grad[2]) for needs in ctx.needs_input_grad[:2]]
+        halves = zip((x, h), _halves(x, weight), needed, strict=True)
+        (dx, of_x), (dh, of_h) = (run(dy, t, part, needs) for t, part, needs in halves)
+        dweight = None if of_x is None or of_h is None else torch.cat([of_x, of_h], 1)
         dbias = dy.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None
-        dweight = torch.cat(sums, 1).view_as(weight) if sums else None
-        return *maps, dweight, dbias, *(None for _ in ctx.needs_input_grad[4:])
+        return dx, dh, dweight, dbias, *(None for _ in ctx.needs_input_grad[4:])
 
 
-def _halves(weight: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """Return the columns for x and those for h."""
-    rows = weight.flatten(1)
-    return rows[:, :m], rows[:, m:]
+def _is_narrow(x: Tensor, weight: Tensor) -> bool:
+    """Check whether a matrix product per image is quicker than a convolution, whose layout the map then needs not."""
+    return len(weight) < 32 and not channels_last(x)
 
 
-def _spread(dy: Tensor, part: Tensor, like: Tensor) -> Tensor:
-    return torch.bmm(part.t().expand(len(dy), -1, -1), dy.flatten(2)).view(like.shape)
+def _halves(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the columns for x, (K, M, 1, 1), and those for h, (K, R, 1, 1)."""
+    m = x.shape[1]
+    return weight[:, :m], weight[:, m:]
 
 
-def _sums(dy: Tensor, t: Tensor) -> Tensor:
-    return torch.bmm(dy.flatten(2), t.flatten(2).transpose(1, 2)).sum(0)
+def _by_convolution(dy: Tensor, t: Tensor, part: Tensor, needed: tuple[bool, bool]) -> tuple[Maybe, Maybe]:
+    """Return the gradients of a map and of the columns for it."""
+    dt, of_part, _ = torch.ops.aten.convolution_backward(
+        dy, t, part, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (*needed, False)
+    )
+    return dt, of_part
 
 
-def _rows(t: Tensor) -> Tensor:
-    """(N, C, H, W) in channels last as (N * H * W, C), without a copy where it is."""
-    return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
-
-
-def _spread_last(dy: Tensor, part: Tensor, like: Tensor) -> Tensor:
-    return torch.mm(_rows(dy), part).view(len(dy), *like.shape[2:], like.shape[1]).permute(0, 3, 1, 2)
-
-
-def _sums_last(dy: Tensor, t: Tensor) -> Tensor:
-    return torch.mm(_rows(dy).t(), _rows(t))
+def _by_products(dy: Tensor, t: Tensor, part: Tensor, needed: tuple[bool, bool]) -> tuple[Maybe, Maybe]:
+    flat, rows = dy.flatten(2), part.flatten(1).t().expand(len(dy), -1, -1)
+    dt = torch.bmm(rows, flat).view(t.shape) if needed[0] else None
+    return dt, torch.bmm(flat, t.flatten(2).transpose(1, 2)).sum(0).view_as(part) if needed[1] else None
