@@ -1,14 +1,17 @@
 """The measurements of docs/performance.md: one JSON file each, and the tables made from them.
 
     python examples/bench_suite.py --out docs/results/performance [NAME ...]
+    python examples/bench_suite.py --beside FOLDER FOLDER ...
 
-What is there already is not measured again. Nothing else may run on the machine meanwhile.
+What is there already is not measured again. Nothing else may run on the machine meanwhile. The second form puts the
+ratios of several folders beside each other, of the names that all of them have.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,12 +78,37 @@ def table(title: str, found: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def beside(folders: Sequence[Path]) -> str:
+    """Return the times and ratios of several folders in one table, in Markdown; a folder's name heads its column."""
+    names = [name for group in SUITE.values() for name in group]
+    lines = [
+        f"| plain, regulated, ms; ratio | {' | '.join(f'`{folder.name}`' for folder in folders)} |",
+        "|---" * (len(folders) + 1) + "|",
+    ]
+    for name in names:
+        paths = [folder / f"{name}.json" for folder in folders]
+        if all(path.exists() for path in paths):
+            found = [json.loads(path.read_text())["seconds"] for path in paths]
+            lines.append(f"| `{name}` | {' | '.join(map(_ratio, found))} |")
+    return "\n".join(lines)
+
+
+def _ratio(seconds: dict[str, float]) -> str:
+    plain, regulated = seconds["plain"], seconds["regulated"]
+    return f"{plain * 1e3:,.0f}, {regulated * 1e3:,.0f}; {regulated / plain:.2f}"
+
+
 def main() -> None:
     """Measure what is missing and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="only these")
-    parser.add_argument("--out", type=Path, required=True)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, help="folder of the JSON files")
+    where.add_argument("--beside", type=Path, nargs="+", help="such folders, of which nothing is measured")
     args = parser.parse_args()
+    if args.beside:
+        print(beside(args.beside))
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     for title, group in SUITE.items():
         asked = {name: setting for name, setting in group.items() if not args.names or name in args.names}

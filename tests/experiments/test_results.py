@@ -104,6 +104,16 @@ def test_the_performance_page_shows_what_was_measured():
         assert bench_suite.table(title, found) in page
 
 
+def test_the_performance_page_shows_two_instruction_sets_beside_each_other():
+    folders = [RESULTS / "performance" / name for name in ("zen5", "zen5-avx2")]
+    shown = bench_suite.beside(folders)
+    assert shown in (ROOT / "docs" / "performance.md").read_text()
+    assert len(shown.splitlines()) == 2 + len(list(folders[1].glob("*.json")))
+    for folder, wanted in zip(folders, ("AVX-512", "AVX2"), strict=True):
+        sets = {json.loads(path.read_text())["machine"]["instruction set"] for path in folder.glob("*.json")}
+        assert sets == {wanted}
+
+
 def test_the_performance_page_shows_the_tensors_that_were_counted():
     found = json.loads((RESULTS / "performance" / "tensors.json").read_text())["peak_bytes"]
     assert list(found) == list(bench_memory.NAMES)
