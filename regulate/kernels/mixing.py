@@ -18,10 +18,10 @@ from .reference import Maybe
 
 
 def mixed(x: Tensor, h: Tensor, weight: Tensor, bias: Maybe = None) -> Maybe:
-    """`W * concat[x, h] + b` for a 1x1 convolution, or None where the convolution is the better way.
+    """`W * concat[x, h] + b` for a 1x1 convolution, in two halves, or None where the concatenation is the better way.
 
-    The concatenation is neither made nor kept for the backward, and at few channels a matrix product per image
-    costs a third of the convolution. On the CPU, outside compiling and tracing.
+    It is neither made nor kept for the backward here. The halves are convolutions, or matrix products, one an image,
+    at few channels. On the CPU, outside compiling and tracing.
 
     Args:
         x: (N, M, H, W).
@@ -91,7 +91,7 @@ class _Mix(torch.autograd.Function):
         run = _by_products if _is_narrow(x, weight) else _by_convolution
         needed = [(needs, ctx.needs_input_grad[2]) for needs in ctx.needs_input_grad[:2]]
         halves = zip((x, h), _halves(x, weight), needed, strict=True)
-        (dx, of_x), (dh, of_h) = (run(dy, t, part, needs) for t, part, needs in halves)
+        (dx, of_x), (dh, of_h) = (run(dy, t, part, needs) if any(needs) else (None, None) for t, part, needs in halves)
         dweight = None if of_x is None or of_h is None else torch.cat([of_x, of_h], 1)
         dbias = dy.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None
         return dx, dh, dweight, dbias, *(None for _ in ctx.needs_input_grad[4:])

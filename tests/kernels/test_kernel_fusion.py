@@ -165,11 +165,12 @@ def test_a_single_value_is_torchs_error():
         norm(3)(torch.randn(1, 3, 1, 1))
 
 
+@pytest.mark.parametrize("width", [7, 33], ids=["narrow", "wide"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "last"])
-def test_the_mix_is_the_convolution_of_the_concatenation(layout):
-    for bias in (None, torch.randn(7)):
-        x, h = (torch.randn(3, c, 5, 4).to(memory_format=layout).requires_grad_() for c in (7, 6))
-        weight = torch.randn(7, 13, 1, 1, requires_grad=True)
+def test_the_mix_is_the_convolution_of_the_concatenation(layout, width):
+    for bias in (None, torch.randn(width)):
+        x, h = (torch.randn(3, c, 5, 4).to(memory_format=layout).requires_grad_() for c in (width, 6))
+        weight = torch.randn(width, width + 6, 1, 1, requires_grad=True)
         found, expected = kernels.mixed(x, h, weight, bias), F.conv2d(torch.cat([x, h], 1), weight, bias)
         assert found.is_contiguous(memory_format=layout)
         assert torch.allclose(found, expected, atol=1e-5)
@@ -200,6 +201,17 @@ def test_the_mix_gives_only_the_gradients_that_are_asked_for():
     assert x.grad is None
     assert weight.grad is None
     assert torch.allclose(h.grad, weight[:, 4:].sum(0).expand_as(h), atol=1e-5)
+
+
+def test_a_wide_mix_gives_only_the_gradients_that_are_asked_for():
+    x, h, weight = torch.randn(2, 32, 3, 5), torch.randn(2, 3, 3, 5, requires_grad=True), torch.randn(32, 35, 1, 1)
+    y = kernels.mixed(x, h, weight)
+    with Watch() as seen:
+        y.sum().backward()
+    assert seen.names.count("aten.convolution_backward.default") == 1
+    assert x.grad is None
+    assert weight.grad is None
+    assert torch.allclose(h.grad, weight[:, 32:].sum(0).expand_as(h), atol=1e-4)
 
 
 def test_the_mix_of_nothing():
