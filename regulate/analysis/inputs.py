@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -136,10 +137,8 @@ def _own_sizes(model: nn.Module) -> Iterator[Size]:
         holders = (module, getattr(module, "config", None))
         named = [getattr(holder, name, None) for holder in holders for name in _SIZE_NAMES]
         for value in (known, *named):
-            try:
+            with suppress(TypeError, ValueError):
                 yield _size(value)
-            except (TypeError, ValueError):
-                continue
 
 
 def example(model: nn.Module, given: Any) -> Inputs | None:
@@ -183,17 +182,10 @@ def _shown(given: Any) -> str:
 
 def guessed(module: nn.Module) -> Inputs:
     """Return placeholders for what a forward must be given, and for its first argument in any case."""
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
-    for at, parameter in enumerate(parameters):
-        if parameter.kind is parameter.VAR_KEYWORD or (at and not _is_required(parameter)):
-            continue
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            kwargs[parameter.name] = torch.empty(0, device="meta")
-        else:
-            args.append(torch.empty(0, device="meta"))
-    return Inputs(tuple(args), kwargs)
+    parameters = enumerate(inspect.signature(module.forward).parameters.values())
+    given = [p for at, p in parameters if p.kind is not p.VAR_KEYWORD and (not at or _is_required(p))]
+    args = tuple(torch.empty(0, device="meta") for p in given if p.kind is not p.KEYWORD_ONLY)
+    return Inputs(args, {p.name: torch.empty(0, device="meta") for p in given if p.kind is p.KEYWORD_ONLY})
 
 
 def missing_arguments(module: nn.Module) -> str:
@@ -218,14 +210,10 @@ def recorded(bare: nn.Module, inputs: Inputs) -> dict[str, Inputs]:
     def note(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.setdefault(path, Inputs(args, dict(kwargs)))
 
-    named = [(path, module) for path, module in bare.named_modules() if path]
-    handles = [module.register_forward_pre_hook(partial(note, path), with_kwargs=True) for path, module in named]
-    try:
-        with torch.no_grad(), torch.device("meta"), fixed_random_state(), put_back(bare):
+    with ExitStack() as hooks:
+        for path, module in bare.named_modules():
+            hooks.enter_context(module.register_forward_pre_hook(partial(note, path), with_kwargs=True))
+        # If it fails, what was reached until then is known; the rest is tried with images.
+        with suppress(Exception), torch.no_grad(), torch.device("meta"), fixed_random_state(), put_back(bare):
             bare(*inputs.args, **inputs.kwargs)
-    except Exception:  # what was reached until then is known; the rest is tried with images
-        return seen
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen
