@@ -146,21 +146,17 @@ class Plan:
 
 def stage_from_dict(values: Mapping[str, Any]) -> Stage:
     """Rebuild a stage from its JSON values."""
-    blocks = tuple(
-        Block(
-            **{
-                **block,
-                "stride": tuple(block["stride"]),
-                "norm": Norm(**block["norm"]),
-                "sources": tuple(Source(**source) for source in block["sources"]),
-            }
-        )
-        for block in values["blocks"]
-    )
+    blocks = tuple(map(_block_from_dict, values["blocks"]))
     # Plans of 0.1 said "holder", and how its code was to be generated.
     container = values.get("container", values.get("holder"))
     kept = {name: values[name] for name in ("name", "index", "parameters", "macs")}
     return Stage(**kept, container=container, blocks=blocks, grid=tuple(values["grid"]))
+
+
+def _block_from_dict(values: Mapping[str, Any]) -> Block:
+    stride, norm = tuple(values["stride"]), Norm(**values["norm"])
+    sources = tuple(Source(**source) for source in values["sources"])
+    return Block(**{**values, "stride": stride, "norm": norm, "sources": sources})
 
 
 def _text(plan: Plan) -> str:
@@ -188,8 +184,7 @@ def _text(plan: Plan) -> str:
 
 
 def _options(plan: Plan) -> str:
-    o = plan.options
-    return f"{o['cell']} cell, {o['kernel']} kernel, {o['fusion']} fusion, {o['init']} start"
+    return "{cell} cell, {kernel} kernel, {fusion} fusion, {init} start".format(**plan.options)
 
 
 def _row(stage: Stage) -> tuple[str, ...]:
