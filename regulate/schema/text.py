@@ -35,11 +35,7 @@ def located(error: Exception) -> str:
     """Return the first sentence of an error's message, and where it was raised outside of torch and this package."""
     own = str(Path(__file__).parents[1])
     passed = traceback.extract_tb(error.__traceback__)
-    frames = [
-        frame
-        for frame in passed
-        if not frame.filename.startswith((own, "<")) and "torch" not in Path(frame.filename).parts
-    ]
+    frames = [f for f in passed if not f.filename.startswith((own, "<")) and "torch" not in Path(f.filename).parts]
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     if any(Path(frame.filename).parts[-3:] == ("torch", "utils", "checkpoint.py") for frame in passed):
         return f"a symbol cannot be checkpointed{place}; switch its gradient checkpointing off, and on again afterwards"
