@@ -55,14 +55,13 @@ class _Tape:
     read: Tensor = field(default_factory=lambda: torch.empty(0))
     gates: dict[str, Tensor] = field(default_factory=dict)
     steps: dict[str, Step] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
 
     def on_cell(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Begin a step; a forward pre-hook of a cell."""
         self.read, self.gates = args[0].clone(), {}
 
     def on_gates(self, names: str, module: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, ...]) -> None:
-        """Take the gates of that step; a forward hook of a gate convolution, as the two below are of their modules."""
+        """Take the gates of that step; a forward hook of a gate convolution, as the one below is of a fusion."""
         for gate, value in zip(names, out, strict=True):
             self.gates[gate] = torch.tanh(value) if gate in TANH_GATES else torch.sigmoid(value)
 
@@ -72,10 +71,6 @@ class _Tape:
         hidden = out[1][0].clone()
         share = _share(module, args[0], hidden)
         self.steps[block] = Step(block, self.read, hidden, torch.empty(0), self.gates, share)
-
-    def on_block(self, block: str, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        """Take the output of a block."""
-        self.outputs[block] = (out if isinstance(out, Tensor) else out[0]).clone()
 
 
 def record(model: nn.Module, images: Tensor) -> dict[str, list[Step]]:
@@ -98,14 +93,11 @@ def record(model: nn.Module, images: Tensor) -> dict[str, list[Step]]:
         >>> [step.block for step in steps["layer1.0"]], sorted(steps["layer1.0"][0].gates)
         (['layer1.0', 'layer1.1'], ['f', 'g', 'i', 'o'])
     """
-    check_blocks_are_called(model)
     tape = _Tape()
-    with in_mode(model, training=False), torch.no_grad(), ExitStack() as hooks:
+    with ExitStack() as hooks:
         _listen(tape, unwrapped(model), hooks)
-        model(images)
-    return {
-        names[0]: [replace(tape.steps[name], output=tape.outputs[name]) for name in names] for names in stages(model)
-    }
+        out = outputs(model, images)
+    return {names[0]: [replace(tape.steps[name], output=out[name]) for name in names] for names in stages(model)}
 
 
 def stages(model: nn.Module) -> list[list[str]]:
@@ -114,11 +106,9 @@ def stages(model: nn.Module) -> list[list[str]]:
 
 
 def _listen(tape: _Tape, model: nn.Module, hooks: ExitStack) -> None:
-    """Let a tape hear what regulators, blocks and gates put out, until the hooks are taken away."""
+    """Let a tape hear what regulators and gates put out, until the hooks are taken away."""
     for path, fusion in regulators(model):
-        block = path.removesuffix(".regulator")
-        hooks.enter_context(fusion.register_forward_hook(partial(tape.on_fusion, block)))
-        hooks.enter_context(model.get_submodule(block).register_forward_hook(partial(tape.on_block, block)))
+        hooks.enter_context(fusion.register_forward_hook(partial(tape.on_fusion, path.removesuffix(".regulator"))))
         cell = getattr(fusion, "cell", None)
         if cell is not None:
             hooks.enter_context(cell.register_forward_pre_hook(tape.on_cell))
@@ -192,13 +182,17 @@ def similarity(model: nn.Module, images: Tensor) -> dict[str, list[tuple[float, 
 def outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Return the output of every regulated block, by its path."""
     check_blocks_are_called(model)
-    tape = _Tape()
+    found: dict[str, Tensor] = {}
+
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        found[name] = (out if isinstance(out, Tensor) else out[0]).clone()
+
     with in_mode(model, training=False), torch.no_grad(), ExitStack() as hooks:
         for name in itertools.chain.from_iterable(stages(model)):
             block = unwrapped(model).get_submodule(name)
-            hooks.enter_context(block.register_forward_hook(partial(tape.on_block, name)))
+            hooks.enter_context(block.register_forward_hook(partial(note, name)))
         model(images)
-    return tape.outputs
+    return found
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:
