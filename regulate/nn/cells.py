@@ -109,7 +109,11 @@ class _Cell(nn.Module):
 
     def forward(self, x: Tensor, state: State | None = None) -> State:
         """One step. x: (N, C, H, W); state: of the step before, or None for zeros. Returns the new state."""
-        return _step(self._name, x, state, *(getattr(self, conv) for conv in CELL_GATES[self._name]))
+        convs = tuple(getattr(self, conv) for conv in CELL_GATES[self._name])
+        if not all(_takes_steps(conv) for conv in convs):
+            return getattr(equations, self._name)(x, state, *convs)  # type: ignore[no-any-return]
+        h, *rest = state or (None,)
+        return _called(self._name, convs, rest, 0, x, h)
 
 
 class ConvRNNCell(_Cell):
@@ -177,25 +181,15 @@ class ConvLSTMCell(_Cell):
             self.gates.bias[channels : 2 * channels].fill_(1.0)  # type: ignore[union-attr, index]
 
 
-def _step(name: str, x: Tensor, state: State | None, *convs: GateConv) -> State:
-    """One step of a cell. Each gate convolution is called, the first one with a step that calls the next one."""
-    if not all(_takes_steps(conv) for conv in convs):
-        return getattr(equations, name)(x, state, *convs)  # type: ignore[no-any-return]
-    h, *rest = state or (None,)
-
-    return _called(name, convs, rest, 0, x, h)
-
-
 def _called(name: str, convs: tuple[GateConv, ...], rest: list[Tensor], at: int, x: Tensor, h: Tensor | None) -> State:
-    """Call the gate convolutions from one on, each inside of the one before."""
+    """Call the gate convolutions from one on, each with a step that calls the next one; in the last, take the step.
+
+    By the kernel that fits, or by the equations.
+    """
     if at < len(convs):
         # Not a function in a function, which would refer to itself and keep the state until it is collected.
         return convs[at](x, h, partial(_called, name, convs, rest, at + 1))  # type: ignore[no-any-return]
-    return _in_one(name, x, None if h is None else (h, *rest), convs)
-
-
-def _in_one(name: str, x: Tensor, state: State | None, convs: tuple[GateConv, ...]) -> State:
-    """Return the step by the kernel that fits, or by the equations."""
+    state = None if h is None else (h, *rest)
     weights: Any = tuple((conv.mix, conv.weight, conv.bias) for conv in convs)
     fast = kernels.step(name, x, state, weights)
     if fast is not None:
