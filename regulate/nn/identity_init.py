@@ -115,9 +115,8 @@ def _activation(model: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
     """Return the activation that a `Source` names, as a float64 function on the CPU."""
     kind, _, path = name.partition(":")
     if kind == "module":
-        module = copy.deepcopy(model.get_submodule(path)).double().cpu().eval()
         # Not by a call: hooks are for the maps of the network.
-        return lambda x: module.forward(x)
+        return copy.deepcopy(model.get_submodule(path)).double().cpu().eval().forward
     function: Callable[[Tensor], Tensor] = pkgutil.resolve_name(path)
     return function
 
@@ -131,8 +130,7 @@ def settle(fusion: Fusion, mean: Tensor, variance: Tensor) -> None:
         variance: (M,).
     """
     norm = fusion.mix_norm
-    assert isinstance(norm, BatchNorm) and norm.running_mean is not None
-    assert norm.running_var is not None
+    assert isinstance(norm, BatchNorm) and norm.running_mean is not None and norm.running_var is not None
     with torch.no_grad():
         nn.init.dirac_(fusion.mix.weight)
         most = torch.finfo(norm.running_mean.dtype).max / 4
