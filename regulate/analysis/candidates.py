@@ -88,6 +88,7 @@ def _added(macs: int | None, flops: int | None, images: int) -> int | None:
     return None if macs is None or flops is None else macs + flops // (2 * images)
 
 
+@torch.no_grad()
 def _measured(module: nn.Module, made: Trace | str, sizes: Sequence[Size], known: Inputs | None) -> Measured:
     """Return what a run of a module's trace shows.
 
@@ -100,11 +101,10 @@ def _measured(module: nn.Module, made: Trace | str, sizes: Sequence[Size], known
     if isinstance(made, str):
         raise ValueError(f"cannot be traced as a whole: {made}")
     if known is not None:
-        with torch.no_grad():
-            try:
-                return measure(made, known)
-            except Exception as error:
-                raise ValueError(f"does not run on example_inputs=: {first_line(error)}") from error
+        try:
+            return measure(made, known)
+        except Exception as error:
+            raise ValueError(f"does not run on example_inputs=: {first_line(error)}") from error
     first = next((m for node in made.graph.nodes if isinstance(m := made.module(node), Convolution)), None)
     if first is None or not made.inputs.tensors:
         raise ValueError(
@@ -115,8 +115,7 @@ def _measured(module: nn.Module, made: Trace | str, sizes: Sequence[Size], known
     for shape in shapes(first.in_channels, len(first.kernel_size), sizes):
         inputs = made.inputs.replaced(lambda _, x: x.new_empty(shape, dtype=dtype))  # noqa: B023, called at once
         try:
-            with torch.no_grad():
-                return measure(made, inputs)
+            return measure(made, inputs)
         except Exception as error:
             failure = failure or f"does not run on an image of {'x'.join(map(str, shape[1:]))}: {first_line(error)}"
     # Other inputs do not help code that asks for numbers: a plan is made without arithmetic.
