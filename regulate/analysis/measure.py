@@ -88,7 +88,7 @@ class Log(DispatchMode):  # type: ignore[no-untyped-call]
         count = flops(function, args, kwargs or {}, result)
         self.flops = None if self.flops is None or count is None else self.flops + count
         if not self.quiet and str(function) not in _CONSTANTS:
-            self.note(str(function), result, _numbers(args))
+            self.note(str(function), result, [leaf for leaf in tree_leaves(args) if isinstance(leaf, int | float)])
         for tensor in written(function, args):
             # On the storage: what was got by .data has a version of its own.
             storage = tensor.untyped_storage()
@@ -168,10 +168,6 @@ def _content(tensor: Tensor) -> tuple[Any, ...]:
     except (RuntimeError, NotImplementedError):  # sparse
         return (tensor._version,)
     return tensor._version, getattr(storage, _WRITES, 0), storage
-
-
-def _numbers(args: Any) -> list[Any]:
-    return [leaf for leaf in tree_leaves(args) if isinstance(leaf, int | float)]
 
 
 def _weightless(leaf: Any) -> Any:

@@ -78,11 +78,10 @@ def _scoped(module: nn.Module, path: str, log: Log, is_block: bool) -> Callable[
 
 def _played(forward: Callable[..., Any], path: str, shapes: list[Any], log: Log) -> Callable[..., Any]:
     """Return a closed module's forward that puts out a map of the shape that it had in the trace, call by call."""
-    waiting = list(shapes)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         log.note(path, (args, kwargs))
-        shape = waiting.pop(0) if waiting else None
+        shape = shapes.pop(0) if shapes else None
         x = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
         log.quiet = True
         try:

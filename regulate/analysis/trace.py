@@ -131,7 +131,8 @@ class _Tracer(fx.Tracer):
         outer, self.path = self.path, path
         try:
             result = forward(*args, **kwargs)
-            self.calls.setdefault(path, []).append(_nodes(args))
+            nodes: Any = fx.node.map_aggregate(args, lambda leaf: leaf.node if isinstance(leaf, fx.Proxy) else leaf)
+            self.calls.setdefault(path, []).append(nodes)
             return result
         except Exception as error:
             # What cannot be opened stays closed: unwind its half-made nodes and call it as a whole.
@@ -163,10 +164,6 @@ def _symbols_are_tensors() -> Iterator[None]:
         yield
     finally:
         builtins.isinstance = original
-
-
-def _nodes(value: Any) -> Any:
-    return fx.node.map_aggregate(value, lambda leaf: leaf.node if isinstance(leaf, fx.Proxy) else leaf)
 
 
 def trace(module: nn.Module, inputs: Inputs | None = None) -> Trace:
