@@ -24,16 +24,15 @@ class _Moments:
 
     def __init__(self) -> None:
         self.count = 0
-        self.sums: list[Tensor] = []
+        self.sums: Any = 0
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         x: Tensor = args[0].detach().transpose(0, 1).flatten(1).double()
-        sums = [x.sum(1), x.square().sum(1)]
-        self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)] if self.sums else sums
+        self.sums = self.sums + torch.stack([x.sum(1), x.square().sum(1)])
         self.count += x.shape[1]
 
     def result(self) -> tuple[Tensor, Tensor]:
-        mean, square = (total / self.count for total in self.sums)
+        mean, square = self.sums / self.count
         return mean, (square - mean**2).clamp(min=0)
 
 
