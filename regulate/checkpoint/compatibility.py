@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 import torch
@@ -70,8 +71,8 @@ def check_layout(saved: Any, found: list[list[dict[str, Any]]]) -> None:
     named = [[block["name"] for block in stage] for stage in saved], [[b["name"] for b in stage] for stage in found]
     if named[0] != named[1]:
         raise CheckpointError(f"its stages are {named[0]}, and those of this model are {named[1]}")
-    pairs = [(a, b) for old, new in zip(saved, found, strict=True) for a, b in zip(old, new, strict=True) if a != b]
-    was, now = pairs[0]
+    pairs = zip(chain.from_iterable(saved), chain.from_iterable(found), strict=True)
+    was, now = next((old, new) for old, new in pairs if old != new)
     fields = [field for field in now if was.get(field) != now[field]]
     raise CheckpointError(
         f"block {now['name']} was regulated with "

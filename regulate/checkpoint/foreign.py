@@ -73,11 +73,8 @@ def options_in(tensors: Mapping[str, Tensor]) -> RegulatorConfig | None:
             "network, call regulate(model, cell=...) with that cell and the other options, then load_state_dict"
         )
     residual = _has("hidden_norm", tensors.keys()) and not _has("mix_norm", tensors.keys())
-    return RegulatorConfig(
-        cell=cell,
-        kernel="light" if "gates.mix" in parts else "dense",
-        fusion="residual" if residual else "paper",
-    )
+    kernel = "light" if "gates.mix" in parts else "dense"
+    return RegulatorConfig(cell, kernel, fusion="residual" if residual else "paper")
 
 
 def _cell(parts: Mapping[str, Tensor], width: int) -> str | None:
