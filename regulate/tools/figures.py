@@ -76,7 +76,7 @@ def _maps(steps: list[Step], plain: dict[str, Tensor], image: Tensor) -> Any:
     """Fig. 1 (a): for each block the mean over channels of I, H and O, and of O without the regulator."""
     figure, axes = _subplots(4, len(steps) + 1, figsize=(2 * len(steps) + 3.5, 8), squeeze=False)
     rows = [
-        [_mean_map(values) for values in row]
+        [values[0].float().mean(0).cpu().numpy() for values in row]
         for row in zip(*((step.read, step.hidden, step.output, plain[step.block]) for step in steps), strict=True)
     ]
     # Both kinds of O on one scale, so that they can be compared.
@@ -95,10 +95,6 @@ def _maps(steps: list[Step], plain: dict[str, Tensor], image: Tensor) -> Any:
     for row in range(1, 4):
         axes[row][0].axis("off")
     return figure
-
-
-def _mean_map(values: Tensor) -> Any:
-    return values[0].float().mean(0).cpu().numpy()
 
 
 def _range(maps: list[Any]) -> tuple[float, float]:

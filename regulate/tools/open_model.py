@@ -93,11 +93,7 @@ def _state_dict(path: str) -> Mapping[str, Tensor]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        found: Any = (
-            load_file(path)
-            if path.endswith(".safetensors")
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        found: Any = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # whatever a parser makes of bytes that anyone may have written
         raise CheckpointError(f"{path} holds no weights that can be read: {first_line(error)}") from error
     for key in _NESTED:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 from .. import Plan, RegulatorConfig, plan
 from ..models.by_name import load_model
@@ -68,9 +69,7 @@ def _rows() -> list[Row]:
     rows += [
         Row("IV", depth, cell, printed * 1e6, increase=True, classes=classes)
         for depth, figures in added.items()
-        for (classes, cell), printed in zip(
-            [(10, "gru"), (10, "lstm"), (100, "gru"), (100, "lstm")], figures, strict=True
-        )
+        for (classes, cell), printed in zip(product((10, 100), ("gru", "lstm")), figures, strict=True)
     ]
     totals = {
         10: {"gru": (0.279, 0.285, 0.306), "lstm": (0.281, 0.290, 0.325)},
