@@ -109,8 +109,7 @@ def example_inputs(model: nn.Module, size: Sequence[int], batch: int = 2, seed: 
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(batch, *size, generator=generator)
     if not type(model).__module__.startswith("torchvision.models.detection"):
-        like = next(model.parameters())
-        return (images.to(like),)
+        return (images.to(next(model.parameters())),)
     height, width = size[-2:]
     box = torch.tensor([[0.1 * width, 0.1 * height, 0.8 * width, 0.7 * height]])
     target: dict[str, Tensor] = {"boxes": box, "labels": torch.ones(1, dtype=torch.int64)}

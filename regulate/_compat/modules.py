@@ -13,11 +13,7 @@ from .lookup import symbol
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOKS_ON_OUTPUT = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
-_HOOK_OPTIONS = (
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs",
-)
+_HOOK_OPTIONS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 _HOOKS_EVERYWHERE = tuple(f"_global{name}" for name in _HOOKS)
 _modules: Any = symbol("nn.modules.module")
 # How torch.fx begins the names of constants that it puts on the module that it traces.

@@ -153,9 +153,8 @@ def held(out: Any) -> TensorWeakRef | None:
 
 def first_tensor(tree: Any) -> Tensor | None:
     """Return the first tensor in arguments or results."""
-    return next(
-        (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and not isinstance(leaf, fx.Proxy)), None
-    )
+    found = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and not isinstance(leaf, fx.Proxy))
+    return next(found, None)
 
 
 def memory_for(chain: Chain, args: Any, repeated: bool) -> Memory | None:
