@@ -24,7 +24,6 @@ class Difference:
         p: of the paired t-test, two-sided.
         better: how many seeds are above the reference.
         pairs: how many seeds both have.
-        starts: how many networks they started from, if there are fewer; mean and interval are then of these.
     """
 
     mean: float
@@ -33,7 +32,6 @@ class Difference:
     p: float | None
     better: int
     pairs: int
-    starts: int = 0
 
     def __str__(self) -> str:
         interval = "" if self.low is None else f" ({self.low:+.2f} to {self.high:+.2f})"
@@ -56,7 +54,7 @@ def difference(runs: Sequence[Report], reference: Sequence[Report], starts: int 
         return None
     own = {start: [pair for seed, pair in pairs.items() if seed % starts == start] for start in range(starts)}
     trials = [statistics.mean(part) for part in own.values() if part] if starts else list(pairs.values())
-    mean, counts = statistics.mean(trials), (sum(pair > 0 for pair in pairs.values()), len(pairs), starts)
+    mean, counts = statistics.mean(trials), (sum(pair > 0 for pair in pairs.values()), len(pairs))
     if len(trials) < 2 or len(set(trials)) == 1:
         return Difference(mean, None, None, None, *counts)
     reach = float(stats.t.ppf(0.975, len(trials) - 1) * stats.sem(trials))
