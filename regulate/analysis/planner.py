@@ -159,8 +159,7 @@ def _count(config: RegulatorConfig, blocks: Sequence[Block], positions: int) -> 
         fusions = [build_fusion(config, block, None) for block in blocks]
     parameters = sum(p.numel() for module in (cell, *fusions) for p in module.parameters())
     step = sum(p.numel() for p in cell.parameters() if p.dim() > 1)
-    macs = sum(step + fusion.mix.weight.numel() for fusion in fusions) * positions
-    return parameters, macs
+    return parameters, sum(step + fusion.mix.weight.numel() for fusion in fusions) * positions
 
 
 def _chosen(stages: list[Stage], config: RegulatorConfig) -> tuple[list[Stage], list[Skipped]]:

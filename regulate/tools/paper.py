@@ -124,13 +124,12 @@ def compare() -> str:
         37632 15114240
     """
     head = ("table", "network", "paper", "here", "difference", "paper FLOPs", "here", "difference")
-    lines = [_line(count(row)) for row in ROWS]
     notes = [
         "",
         "Signs are increases over the plain network. FLOPs: increases at two a multiply-add, totals at one, as the",
         "paper counts. ResNets have option B shortcuts (1x1 convolutions); docs/paper.md goes through the differences.",
     ]
-    return "\n".join([*table(head, lines), *notes])
+    return "\n".join([*table(head, [_line(count(row)) for row in ROWS]), *notes])
 
 
 def _line(counted: Counted) -> tuple[str, ...]:
