@@ -192,26 +192,23 @@ def test_gradients_of_gradients_of_the_mix():
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
 
 
-def test_the_mix_gives_only_the_gradients_that_are_asked_for():
-    x, h, weight = torch.randn(2, 4, 3, 5), torch.randn(2, 3, 3, 5, requires_grad=True), torch.randn(4, 7, 1, 1)
-    y = kernels.mixed(x, h, weight)
-    with Watch() as seen:
-        y.sum().backward()
-    assert seen.names.count("aten.bmm.default") == 1
-    assert x.grad is None
-    assert weight.grad is None
-    assert torch.allclose(h.grad, weight[:, 4:].sum(0).expand_as(h), atol=1e-5)
-
-
-def test_a_wide_mix_gives_only_the_gradients_that_are_asked_for():
-    x, h, weight = torch.randn(2, 32, 3, 5), torch.randn(2, 3, 3, 5, requires_grad=True), torch.randn(32, 35, 1, 1)
-    y = kernels.mixed(x, h, weight)
-    with Watch() as seen:
-        y.sum().backward()
-    assert seen.names.count("aten.convolution_backward.default") == 1
-    assert x.grad is None
-    assert weight.grad is None
-    assert torch.allclose(h.grad, weight[:, 32:].sum(0).expand_as(h), atol=1e-4)
+@pytest.mark.parametrize(
+    ("channels", "operator"),
+    [(4, "aten.bmm.default"), (32, "aten.convolution_backward.default")],
+    ids=["narrow", "wide"],
+)
+def test_the_mix_gives_only_the_gradients_that_are_asked_for(channels, operator):
+    x, h, weight = torch.randn(2, channels, 3, 5), torch.randn(2, 3, 3, 5), torch.randn(channels, channels + 3, 1, 1)
+    # That of h is one product, and that of the weight has two halves.
+    for asked, times in ((h, 1), (weight, 2)):
+        tensors = [t.clone().requires_grad_(t is asked) for t in (x, h, weight)]
+        y = kernels.mixed(*tensors)
+        with Watch() as seen:
+            y.sum().backward()
+        assert seen.names.count(operator) == times
+        assert [t.grad is not None for t in tensors] == [t is asked for t in (x, h, weight)]
+        if asked is h:
+            assert torch.allclose(tensors[1].grad, weight[:, channels:].sum(0).expand_as(h), atol=1e-4)
 
 
 def test_the_mix_of_nothing():
