@@ -104,12 +104,15 @@ def test_the_performance_page_shows_what_was_measured():
         assert bench_suite.table(title, found) in page
 
 
-def test_the_performance_page_shows_two_instruction_sets_beside_each_other():
-    folders = [RESULTS / "performance" / name for name in ("zen5", "zen5-avx2")]
+def test_the_performance_page_shows_instruction_sets_beside_each_other():
+    folders = [RESULTS / "performance" / name for name in ("zen5", "zen5-avx2", "zen3")]
+    page = (ROOT / "docs" / "performance.md").read_text()
     shown = bench_suite.beside(folders)
-    assert shown in (ROOT / "docs" / "performance.md").read_text()
+    assert shown in page
     assert len(shown.splitlines()) == 2 + len(list(folders[1].glob("*.json")))
-    for folder, wanted in zip(folders, ("AVX-512", "AVX2"), strict=True):
+    assert bench_suite.beside(folders[2:]) in page
+    assert {path.stem for path in folders[2].glob("*.json")} == {name for g in bench_suite.SUITE.values() for name in g}
+    for folder, wanted in zip(folders, ("AVX-512", "AVX2", "AVX2"), strict=True):
         sets = {json.loads(path.read_text())["machine"]["instruction set"] for path in folder.glob("*.json")}
         assert sets == {wanted}
 
@@ -122,12 +125,16 @@ def test_the_performance_page_shows_the_tensors_that_were_counted():
 
 def test_the_performance_page_shows_the_limits_and_the_ablations_that_were_measured():
     page = (ROOT / "docs" / "performance.md").read_text()
-    for name in ("AVX-512", "AVX2"):
-        found = json.loads((RESULTS / "performance" / f"limits-{name.lower()}.json").read_text())
-        assert found["machine"]["instruction set"] == name
+    for name, instruction_set in (("avx-512", "AVX-512"), ("avx2", "AVX2"), ("avx2-zen3", "AVX2")):
+        found = json.loads((RESULTS / "performance" / f"limits-{name}.json").read_text())
+        assert found["machine"]["instruction set"] == instruction_set
         assert bench_limits.table(found) in page
-    for runs in (bench_ablations.RUNS, bench_ablations.COMPILED):
-        files = (RESULTS / "performance" / "ablations" / f"{name}.json" for name in runs)
+    for folder, runs in (
+        ("ablations", bench_ablations.RUNS),
+        ("ablations", bench_ablations.COMPILED),
+        ("zen3/ablations", bench_ablations.RUNS),
+    ):
+        files = (RESULTS / "performance" / folder / f"{name}.json" for name in runs)
         found = dict(zip(runs, (json.loads(path.read_text()) for path in files), strict=True))
         assert all(one["machine"]["native"] == "on" for one in found.values())
         assert bench_ablations.table(found) in page
