@@ -100,16 +100,24 @@ def _work(job: Job, folders: Folders, device: str | None) -> None:
     """In a process of its own; an error is one line."""
     torch.set_num_threads(1)
     try:
-        with _alone(folders.work / job.key):
+        with _alone(folders.work / job.key), _diverged(job, folders):
             if not folders.result(job).exists():  # another runner may have finished it meanwhile
                 run(job, folders, device)
     except KeyboardInterrupt:
         sys.exit(130)
     except EXPECTED as error:
-        if isinstance(error, DivergedError):
-            _put(folders.failure(job), _head(job) | {"error": str(error).partition(";")[0]})
         print(f"{job.name}: {one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+@contextmanager
+def _diverged(job: Job, folders: Folders) -> Iterator[None]:
+    """Leave a file that says so, of a run that diverges."""
+    try:
+        yield
+    except DivergedError as error:
+        _put(folders.failure(job), _head(job) | {"error": str(error).partition(";")[0]})
+        raise
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import resource
 import signal
@@ -20,8 +21,9 @@ from torchvision.datasets import CIFAR10
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import train
-from experiments import batches, checkpoint, data, loop, networks, record
+from experiments import batches, checkpoint, data, loop, networks, record, runner
 from experiments.options import Options
+from experiments.registry import EXPERIMENTS, jobs
 
 from .runs import HERE, ROOT, TINY, cifar_files, figures, run
 
@@ -193,3 +195,22 @@ def test_a_full_disk_at_the_network_is_one_line(tmp_path, capsys, monkeypatch):
     assert "model.safetensors cannot be written (I/O error: No space left" in capsys.readouterr().err
     monkeypatch.undo()
     assert len(run(tmp_path, "--epochs", "1", "--resume")["epochs"]) == 1
+
+
+def test_a_full_disk_as_a_run_diverges_is_one_line(tmp_path, capsys, monkeypatch):
+    def full(path, *_):
+        raise OSError(28, "No space left on device", str(path))
+
+    def diverges(*_):
+        raise loop.DivergedError("the loss is nan; lower the rate")
+
+    job = next(iter(jobs([EXPERIMENTS["smoke"]])))
+    folders = runner.Folders(tmp_path / "work", tmp_path / "results")
+    monkeypatch.setattr(runner, "run", diverges)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(runner, "_put", full)
+        runner._work(job, folders, None)
+    assert len(lines := capsys.readouterr().err.splitlines()) == 1 and "No space left" in lines[0]
+    with pytest.raises(SystemExit):
+        runner._work(job, folders, None)
+    assert json.loads(folders.failure(job).read_text())["error"] == "the loss is nan"
