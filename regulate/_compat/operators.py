@@ -82,6 +82,12 @@ def flop_formula(operator: Any) -> Callable[[Function], Function]:
     return (lambda function: function) if _register_flops is None else _register_flops(operator)
 
 
+def is_pure(operator: Any) -> bool:
+    """Check whether one of torch's operators draws no random numbers and writes to nothing. Without the symbol: no."""
+    schema = getattr(operator, "_schema", None)
+    return schema is not None and not schema.is_mutable and torch.Tag.nondeterministic_seeded not in operator.tags
+
+
 def written(operator: Any, args: Any) -> list[torch.Tensor]:
     """Return the tensors among positional arguments that one call of torch's operator writes to.
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .._compat.operators import SEES_OPERATORS, DispatchMode, flops, tree_leaves, tree_map, written
+from .._compat.operators import SEES_OPERATORS, DispatchMode, flops, is_pure, tree_leaves, tree_map, written
 from ..utils.modes import fixed_random_state
 from ..utils.paths import is_inside
 from .effects import put_back
@@ -27,6 +27,8 @@ _CONSTANTS = {"aten.detach.default", "aten.lift_fresh.default", "aten.detach_.de
 _SLOW = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # On a storage: how often its tensors were written to.
 _WRITES = "_regulate_writes"
+# On a storage: in which run a tensor of it was last made from the inputs, or drawn.
+_REACHED = "_regulate_reached"
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Measured:
         inputs: what it ran on.
         shapes: for each node that holds a tensor its shape, for a tuple of tensors `"tuple"`, by node name.
         changed: pairs of nodes, by name: the first one's tensor was changed before the second one took it.
-        operators: closed modules and operators between them, with shapes, by the opened module they ran in.
+        operators: closed modules and operators between them, with shapes, by the opened module they ran in; without
+            those that make the code's constants, which a trace runs once and its graph not at all.
         flops: floating-point operations of convolutions and matrix products; None where torch does not tell.
     """
 
@@ -72,9 +75,12 @@ def agree(a: Measured | Observed, b: Measured | Observed, path: str) -> bool:
 class Log(DispatchMode):  # type: ignore[no-untyped-call]
     """Notes by scope which closed modules are called and which operators run between them; counts operations."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: Inputs) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.scope, self.quiet = "", False
+        self.run = object()
+        for tensor in inputs.tensors:
+            self._reach(tensor)
         self.operators: dict[str, list[str]] = {}
         self.flops: int | None = 0 if SEES_OPERATORS else None
 
@@ -87,13 +93,28 @@ class Log(DispatchMode):  # type: ignore[no-untyped-call]
             result = function(*args, **kwargs)
         count = flops(function, args, kwargs or {}, result)
         self.flops = None if self.flops is None or count is None else self.flops + count
-        if not self.quiet and str(function) not in _CONSTANTS:
-            self.note(str(function), result, [leaf for leaf in tree_leaves(args) if isinstance(leaf, int | float)])
-        for tensor in written(function, args):
+        leaves, made, changed = tree_leaves((args, kwargs)), _tensors(result), written(function, args)
+        if not self._is_constant(function, leaves, made):
+            for tensor in (*made, *changed):
+                self._reach(tensor)
+            if not self.quiet and str(function) not in _CONSTANTS:
+                self.note(str(function), made, [leaf for leaf in leaves if isinstance(leaf, int | float)])
+        for tensor in changed:
             # On the storage: what was got by .data has a version of its own.
             storage = tensor.untyped_storage()
             setattr(storage, _WRITES, getattr(storage, _WRITES, 0) + 1)
         return result
+
+    def _reach(self, tensor: Tensor) -> None:
+        if (storage := _storage(tensor)) is not None:
+            setattr(storage, _REACHED, self.run)
+
+    def _is_constant(self, function: Any, inputs: list[Any], made: list[Tensor]) -> bool:
+        """Check whether new tensors come out that neither the network's inputs nor a draw have a part in."""
+        if not made or not is_pure(function):
+            return False
+        storages = (_storage(leaf) for leaf in inputs if isinstance(leaf, Tensor))
+        return not any(one is None or getattr(one, _REACHED, None) is self.run for one in storages)
 
     def note(self, what: str, tensors: Any, numbers: Any = "") -> None:
         """Enter something with the shapes of its tensors and other arguments."""
@@ -149,7 +170,7 @@ def measure(traced: Trace, inputs: Inputs) -> Measured:
     Raises:
         Exception: whatever the model raises on these inputs.
     """
-    log = Log()
+    log = Log(inputs)
     runner = _Interpreter(traced, log)
     with torch.device("meta"), fixed_random_state(), put_back(traced.root), log:
         runner.run(*inputs.tensors)
@@ -158,15 +179,24 @@ def measure(traced: Trace, inputs: Inputs) -> Measured:
 
 def map_shapes(tensors: Any) -> list[tuple[int, ...]]:
     """Return the shapes of the tensors in nested containers."""
-    return [tuple(leaf.shape) for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor)]
+    return [tuple(tensor.shape) for tensor in _tensors(tensors)]
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [tree] if isinstance(tree, Tensor) else [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
+    """Return what a tensor lies on; None for a sparse one."""
+    try:
+        return tensor.untyped_storage()
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def _content(tensor: Tensor) -> tuple[Any, ...]:
     """Return what changes with a tensor's values, or with what it lies on."""
-    try:
-        storage = tensor.untyped_storage()
-    except (RuntimeError, NotImplementedError):  # sparse
-        return (tensor._version,)
+    storage = _storage(tensor)
     return tensor._version, getattr(storage, _WRITES, 0), storage
 
 

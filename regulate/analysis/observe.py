@@ -39,7 +39,8 @@ def observe(measured: Measured, points: Sequence[str], blocks: Sequence[str]) ->
 def _observed(
     measured: Measured, points: Sequence[str], blocks: Sequence[str], device: AbstractContextManager[Any]
 ) -> Observed:
-    log, traced, inputs = Log(), measured.traced, measured.inputs
+    traced, inputs = measured.traced, measured.inputs
+    log = Log(inputs)
     passes: dict[str, list[tuple[int, tuple[int, ...]]]] = {path: [] for path in points}
     closed: dict[str, list[Any]] = {}
     for node in traced.graph.find_nodes(op="call_module"):

@@ -67,6 +67,46 @@ def test_a_constant_map_of_the_codes():
     assert_same(model, regulate(model, fusion="residual"))
 
 
+RAMP = torch.linspace(0.5, 1.5, 8).view(1, 8, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "late",
+    [
+        lambda y: y * torch.tensor([0.5] * 8).view(1, 8, 1, 1),
+        lambda y: y * torch.arange(1.0, 9.0).reshape(1, -1, 1, 1),
+        lambda y: torch.minimum(y, RAMP * 6),
+        lambda y: y + torch.cat((RAMP, -RAMP)).sum(0),
+        lambda y: y[:, torch.argsort(-RAMP.flatten())],
+    ],
+    ids=["tensor", "arange", "outside the block", "several", "indices"],
+)
+def test_what_makes_the_codes_constants_casts_no_doubt_on_a_trace(late):
+    """A trace holds such a tensor as it came out, the code makes it in each run: no operator of the map's."""
+
+    class Scaled(Plain):
+        def forward(self, x):
+            return self.act(x + late(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))))
+
+    model = of(Scaled)
+    assert [block.activation for block in plan(model).blocks] == ["relu", "relu"]
+    assert_same(model, regulate(model, fusion="residual"))
+    assert torch.allclose(outputs(model), outputs(regulate(model)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_constant_that_is_drawn_does():
+    """Here from a generator that nobody looks for, so that only the operator tells."""
+    held = [torch.Generator()]
+
+    class Drawn(Plain):
+        def forward(self, x):
+            scale = torch.rand(1, 8, 1, 1, generator=held[0])
+            return self.act(x + scale * self.bn2(self.conv2(self.act(self.bn1(self.conv1(x))))))
+
+    model = of(Drawn)
+    assert [block.activation for block in plan(model).blocks] == ["none", "none"]
+
+
 def test_grad_mode_is_put_back():
     class Sets(Listed):
         def forward(self, x):

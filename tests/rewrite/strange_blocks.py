@@ -113,6 +113,15 @@ def constant_tensor(self, y):
     return y * torch.tensor(0.5) + torch.tensor([0.25]).to(y.device)
 
 
+def constant_map(self, y):
+    return y * torch.linspace(-0.5, 1.5, y.shape[1], device=y.device).view(1, -1, 1, 1)
+
+
+def constant_by_symbol(self, y):
+    """Which constant it is, a symbol decides in its own way."""
+    return y * (torch.full((1,), -0.5) if hasattr(y, "untyped_storage") else torch.ones(1)).to(y.device)
+
+
 def noise(self, y):
     return y + torch.randn(y.shape, device=y.device) if self.training else y
 
@@ -195,8 +204,8 @@ def nothing(self, y):
 
 ODDITIES = [
     nothing, tensor_only, is_tensor, has_attribute, grad_enabled, by_shape, by_exception, python_draw, torch_draw,
-    plain_attribute, in_place, alias, unused_result, no_grad_region, enable_grad_region, autocast_off_region, counts,
-    keeps_features, constant_tensor, noise, in_a_list, by_buffer, functional_dropout, negated_in_training,
-    negated_without_gradients, random_sign, numpy_sign, behind_the_version, data_assigned, against_what_was_kept,
-    counts_its_parts, own_class_of_identity,
+    plain_attribute, in_place, alias, unused_result, no_grad_region, enable_grad_region, autocast_off_region,
+    counts, keeps_features, constant_tensor, constant_map, constant_by_symbol, noise, in_a_list, by_buffer,
+    functional_dropout, negated_in_training, negated_without_gradients, random_sign, numpy_sign, behind_the_version,
+    data_assigned, against_what_was_kept, counts_its_parts, own_class_of_identity,
 ]  # fmt: skip
