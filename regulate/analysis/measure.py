@@ -27,7 +27,7 @@ _CONSTANTS = {"aten.detach.default", "aten.lift_fresh.default", "aten.detach_.de
 _SLOW = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # On a storage: how often its tensors were written to.
 _WRITES = "_regulate_writes"
-# On a storage: in which run a tensor of it was last made from the inputs, or drawn.
+# On a storage: in which run a tensor of it was last made from inputs, weights or random draws.
 _REACHED = "_regulate_reached"
 
 
@@ -73,13 +73,18 @@ def agree(a: Measured | Observed, b: Measured | Observed, path: str) -> bool:
 
 
 class Log(DispatchMode):  # type: ignore[no-untyped-call]
-    """Notes by scope which closed modules are called and which operators run between them; counts operations."""
+    """Notes by scope which closed modules are called and which operators run between them; counts operations.
 
-    def __init__(self, inputs: Inputs) -> None:
+    Args:
+        root: what is going to run; an operator on its parameters or buffers is noted.
+        inputs: what it runs on.
+    """
+
+    def __init__(self, root: nn.Module, inputs: Inputs) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.scope, self.quiet = "", False
         self.run = object()
-        for tensor in inputs.tensors:
+        for tensor in (*inputs.tensors, *root.parameters(), *root.buffers()):
             self._reach(tensor)
         self.operators: dict[str, list[str]] = {}
         self.flops: int | None = 0 if SEES_OPERATORS else None
@@ -110,7 +115,7 @@ class Log(DispatchMode):  # type: ignore[no-untyped-call]
             setattr(storage, _REACHED, self.run)
 
     def _is_constant(self, function: Any, inputs: list[Any], made: list[Tensor]) -> bool:
-        """Check whether new tensors come out that neither the network's inputs nor a draw have a part in."""
+        """Check whether new tensors come out that no input, weight or random draw has a part in."""
         if not made or not is_pure(function):
             return False
         storages = (_storage(leaf) for leaf in inputs if isinstance(leaf, Tensor))
@@ -170,7 +175,7 @@ def measure(traced: Trace, inputs: Inputs) -> Measured:
     Raises:
         Exception: whatever the model raises on these inputs.
     """
-    log = Log(inputs)
+    log = Log(traced.root, inputs)
     runner = _Interpreter(traced, log)
     with torch.device("meta"), fixed_random_state(), put_back(traced.root), log:
         runner.run(*inputs.tensors)

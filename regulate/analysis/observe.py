@@ -40,7 +40,7 @@ def _observed(
     measured: Measured, points: Sequence[str], blocks: Sequence[str], device: AbstractContextManager[Any]
 ) -> Observed:
     traced, inputs = measured.traced, measured.inputs
-    log = Log(inputs)
+    log = Log(traced.root, inputs)
     passes: dict[str, list[tuple[int, tuple[int, ...]]]] = {path: [] for path in points}
     closed: dict[str, list[Any]] = {}
     for node in traced.graph.find_nodes(op="call_module"):

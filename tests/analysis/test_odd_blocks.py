@@ -71,13 +71,19 @@ class OnlyInTraining(Plain):
         return y + sum(p.mean() for p in self.parameters()) if self.training else y
 
 
+class OverBuffers(Plain):
+    def forward(self, x):
+        return super().forward(x) + sum(b.float().mean() for b in self.buffers())
+
+
 class Keyed(Listed):
     def forward(self, x):
         return super().forward(x) * len(self.state_dict())
 
 
 @pytest.mark.parametrize("make", [
-    lambda: of(OverChildren), lambda: of(Penalised), lambda: of(Counted), lambda: of(OnlyInTraining), Keyed,
+    lambda: of(OverChildren), lambda: of(Penalised), lambda: of(Counted), lambda: of(OnlyInTraining),
+    lambda: of(OverBuffers), Keyed,
 ])  # fmt: skip
 def test_code_that_would_take_a_regulator_for_a_part_of_its_own_is_refused(make):
     with pytest.raises(NoBlocksError, match="goes over submodules, parameters or the state dict"):

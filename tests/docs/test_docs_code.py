@@ -47,6 +47,8 @@ for where, program, arguments in json.loads(sys.stdin.read()):
                 sys.path.insert(0, program.rpartition("/")[0])
                 runpy.run_path(program, run_name="__main__")
             else:
+                if program == "pytest":  # it parses in its own way, and would run the whole of them
+                    sys.argv += ["--collect-only", "-n0", "tests/test_names.py"]
                 runpy.run_module(program, run_name="__main__", alter_sys=False)
         code = "it took no arguments"
     except SystemExit as end:
