@@ -6,6 +6,7 @@ the trace describes another network. So both are run here, without arithmetic, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,12 +99,12 @@ class Log(DispatchMode):  # type: ignore[no-untyped-call]
             result = function(*args, **kwargs)
         count = flops(function, args, kwargs or {}, result)
         self.flops = None if self.flops is None or count is None else self.flops + count
-        leaves, made, changed = tree_leaves((args, kwargs)), _tensors(result), written(function, args)
-        if not self._is_constant(function, leaves, made):
+        made, changed = _tensors(result), written(function, args)
+        if not self._is_constant(function, (*args, *(kwargs or {}).values()), made):
             for tensor in (*made, *changed):
                 self._reach(tensor)
             if not self.quiet and str(function) not in _CONSTANTS:
-                self.note(str(function), made, [leaf for leaf in leaves if isinstance(leaf, int | float)])
+                self.note(str(function), made, [leaf for leaf in tree_leaves(args) if isinstance(leaf, int | float)])
         for tensor in changed:
             # On the storage: what was got by .data has a version of its own.
             storage = tensor.untyped_storage()
@@ -114,11 +115,11 @@ class Log(DispatchMode):  # type: ignore[no-untyped-call]
         if (storage := _storage(tensor)) is not None:
             setattr(storage, _REACHED, self.run)
 
-    def _is_constant(self, function: Any, inputs: list[Any], made: list[Tensor]) -> bool:
+    def _is_constant(self, function: Any, inputs: Sequence[Any], made: list[Tensor]) -> bool:
         """Check whether new tensors come out that no input, weight or random draw has a part in."""
         if not made or not is_pure(function):
             return False
-        storages = (_storage(leaf) for leaf in inputs if isinstance(leaf, Tensor))
+        storages = (_storage(tensor) for one in inputs for tensor in _tensors(one))
         return not any(one is None or getattr(one, _REACHED, None) is self.run for one in storages)
 
     def note(self, what: str, tensors: Any, numbers: Any = "") -> None:
