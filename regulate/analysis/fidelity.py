@@ -26,6 +26,11 @@ from .provenance import origin
 from .site import Site
 from .trace import trace
 
+DISTURBED = (
+    "its code, or that of what runs it, goes over submodules, parameters or the state dict, and would take a "
+    "regulator for one of its own, or asks for a module's exact type, of which regulate makes a subclass"
+)
+
 
 def checked(kinds: Sequence[Site | Skipped], measured: Measured, in_training: Measured | None) -> list[Site | Skipped]:
     """Refuse sites whose points the network's own code does not pass; drop activations that are in doubt.
@@ -65,18 +70,18 @@ class _Ran:
 
 
 def _run(sites: Sequence[Site], measured: Measured) -> _Ran:
-    """Run the code with regulators in the blocks; where something else ran than in the trace, without them as well."""
+    """Run the code with regulators in the blocks; without them as well, unless it is the trace that ran, all of it."""
     points, homes = _points(sites), [_home(site) for site in sites]
     try:
         with with_regulators(measured.traced.root, homes, points):
             held = observe(measured, points, homes)
     except Exception:
         return _Ran(observe(measured, points, homes), set(homes))
-    if agree(measured, held, ""):
+    if agree(measured, held, "") and not held.constants:
         return _Ran(held)
     seen = observe(measured, points, homes)
-    scopes = {*seen.operators, *held.operators}
-    return _Ran(seen, {scope for scope in scopes if seen.operators.get(scope) != held.operators.get(scope)})
+    pairs = ((seen.operators, held.operators), (seen.constants, held.constants))
+    return _Ran(seen, {scope for a, b in pairs for scope in {*a, *b} if a.get(scope) != b.get(scope)})
 
 
 def _points(sites: Sequence[Site]) -> list[str]:
@@ -128,10 +133,7 @@ def _disturbed(site: Site, ran: _Ran) -> str:
     home = _home(site)
     if not any(is_inside(scope, home) or is_inside(home, scope) for scope in ran.disturbed):
         return ""
-    return (
-        "its code, or that of what runs it, goes over submodules, parameters or the state dict, and would take a "
-        "regulator for one of its own, or asks for a module's exact type, of which regulate makes a subclass"
-    )
+    return DISTURBED
 
 
 def _location(site: Site) -> str:

@@ -60,10 +60,12 @@ class Observed:
 
     Args:
         operators: as in `Measured`.
+        constants: those that make the code's constants, and what these hold where a map is computed with them.
         passes: for each watched module the maps that entered it, as (order, shape), by path.
     """
 
     operators: dict[str, list[str]]
+    constants: dict[str, list[str]]
     passes: dict[str, list[tuple[int, tuple[int, ...]]]]
 
 
@@ -88,23 +90,29 @@ class Log(DispatchMode):  # type: ignore[no-untyped-call]
         for tensor in (*inputs.tensors, *root.parameters(), *root.buffers()):
             self._reach(tensor)
         self.operators: dict[str, list[str]] = {}
+        self.constants: dict[str, list[str]] = {}
         self.flops: int | None = 0 if SEES_OPERATORS else None
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        held = self._held((*args, *kwargs.values()))
         try:
-            result = function(*args, **(kwargs or {}))
+            result = function(*args, **kwargs)
         except RuntimeError:
             # A constant tensor of the code's, as a mean to subtract, is a real one.
-            args, kwargs = tree_map(_weightless, (args, kwargs or {}))
+            args, kwargs = tree_map(_weightless, (args, kwargs))
             result = function(*args, **kwargs)
-        count = flops(function, args, kwargs or {}, result)
+        count = flops(function, args, kwargs, result)
         self.flops = None if self.flops is None or count is None else self.flops + count
         made, changed = _tensors(result), written(function, args)
-        if not self._is_constant(function, (*args, *(kwargs or {}).values()), made):
-            for tensor in (*made, *changed):
-                self._reach(tensor)
-            if not self.quiet and str(function) not in _CONSTANTS:
-                self.note(str(function), made, [leaf for leaf in tree_leaves(args) if isinstance(leaf, int | float)])
+        is_constant = self._is_constant(function, (*args, *kwargs.values()), made)
+        for tensor in () if is_constant else (*made, *changed):
+            self._reach(tensor)
+        if not self.quiet and str(function) not in _CONSTANTS:
+            numbers = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, int | float)]
+            self.note(str(function), made, numbers, self.constants if is_constant else None)
+            if held and not is_constant:
+                self.note(str(function), (), held, self.constants)
         for tensor in changed:
             # On the storage: what was got by .data has a version of its own.
             storage = tensor.untyped_storage()
@@ -115,16 +123,26 @@ class Log(DispatchMode):  # type: ignore[no-untyped-call]
         if (storage := _storage(tensor)) is not None:
             setattr(storage, _REACHED, self.run)
 
+    def _is_reached(self, tensor: Tensor) -> bool:
+        storage = _storage(tensor)
+        return storage is None or getattr(storage, _REACHED, None) is self.run
+
+    def _held(self, inputs: Sequence[Any]) -> list[Any]:
+        """Return the numbers of constants that are real tensors; of a long one the first."""
+        parts = (part for one in inputs for part in (one if isinstance(one, tuple | list) else (one,)))
+        real = [part for part in parts if isinstance(part, Tensor) and not part.is_meta and not self._is_reached(part)]
+        return [tensor.detach().flatten()[:1000].tolist() for tensor in real]
+
     def _is_constant(self, function: Any, inputs: Sequence[Any], made: list[Tensor]) -> bool:
         """Check whether new tensors come out that no input, weight or random draw has a part in."""
         if not made or not is_pure(function):
             return False
-        storages = (_storage(tensor) for one in inputs for tensor in _tensors(one))
-        return not any(one is None or getattr(one, _REACHED, None) is self.run for one in storages)
+        return not any(self._is_reached(tensor) for one in inputs for tensor in _tensors(one))
 
-    def note(self, what: str, tensors: Any, numbers: Any = "") -> None:
+    def note(self, what: str, tensors: Any, numbers: Any = "", where: dict[str, list[str]] | None = None) -> None:
         """Enter something with the shapes of its tensors and other arguments."""
-        self.operators.setdefault(self.scope, []).append(f"{what}{map_shapes(tensors)}{numbers}")
+        entries = (self.operators if where is None else where).setdefault(self.scope, [])
+        entries.append(f"{what}{map_shapes(tensors)}{numbers}")
 
 
 class _Interpreter(fx.Interpreter):

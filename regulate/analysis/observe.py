@@ -57,7 +57,7 @@ def _observed(
             vars(module)["forward"] = _watched(module.forward, path, passes)
         with log:
             traced.root(*inputs.args, **inputs.kwargs)
-    return Observed(log.operators, passes)
+    return Observed(log.operators, log.constants, passes)
 
 
 def _scoped(module: nn.Module, path: str, log: Log, is_block: bool) -> Callable[..., Any]:

@@ -21,6 +21,7 @@ from ..schema.plan import Block, Plan, Skipped, Stage
 from ..utils.locks import one_at_a_time
 from ..utils.paths import common_prefix, join, relative
 from .candidates import survey
+from .fidelity import DISTURBED
 from .inputs import Size, sizes
 from .inputs import example as read_example
 from .meta_copy import skeleton
@@ -51,9 +52,10 @@ def make_plan(
         bare = skeleton(model)
         seen = survey(bare, config, tried, example)
     if not seen.sites:
-        raise NoBlocksError(
-            _nothing_found(model, seen.skipped) + _parts_that_work(bare, config, tried, seen.failed or [""])
-        )
+        # Code that would take a regulator for a part of its own does so wherever that was put in from.
+        disturbed = any(DISTURBED in entry.reason for entry in seen.skipped)
+        advice = "" if disturbed else _parts_that_work(bare, config, tried, seen.failed or [""])
+        raise NoBlocksError(_nothing_found(model, seen.skipped) + advice)
     runs = [(run, _container(bare, run)) for run in _chains(seen.sites)]
     stages = _named(config, runs)
     chosen, left = _chosen(stages, config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,6 +89,49 @@ class Keyed(Listed):
 def test_code_that_would_take_a_regulator_for_a_part_of_its_own_is_refused(make):
     with pytest.raises(NoBlocksError, match="goes over submodules, parameters or the state dict"):
         regulate(make())
+
+
+CONSTANTS = {
+    "computed": lambda n: torch.ones(1) / n,
+    "of one call": lambda n: torch.full((1,), 1 / n),
+    "of a number": lambda n: torch.tensor(1 / n),
+    "of numpy": lambda n: torch.from_numpy(np.ones(1, dtype=np.float32) / n),
+    "long": lambda n: (torch.arange(8) < n).float()[:, None, None],
+}
+
+
+@pytest.mark.parametrize("make", CONSTANTS.values(), ids=CONSTANTS)
+def test_so_is_code_that_puts_what_it_found_into_a_constant(make):
+    class Scaled(Plain):
+        def middle(self, y):
+            return y * make(len(list(self.children())))
+
+    with pytest.raises(NoBlocksError, match="goes over submodules"):
+        regulate(of(Scaled))
+
+
+def test_so_is_code_that_puts_what_it_found_into_a_keyword():
+    class Added(Plain):
+        def forward(self, x):
+            return torch.add(x, self.bn2(self.conv2(self.act(self.conv1(x)))), alpha=1 / len(list(self.children())))
+
+    with pytest.raises(NoBlocksError, match="goes over submodules"):
+        regulate(of(Added))
+
+
+def test_no_part_is_advised_where_the_whole_would_take_a_regulator_for_its_own():
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.layer = nn.Conv2d(3, 8, 3, padding=1), nn.Sequential(Plain(), Plain())
+
+        def forward(self, x):
+            n = len(list(self.modules()))
+            return self.layer(self.stem(x)) * n
+
+    with pytest.raises(NoBlocksError, match="goes over submodules") as caught:
+        regulate(Whole())
+    assert "can be regulated alone" not in str(caught.value)
 
 
 def test_a_block_that_runs_its_points_twice_in_training_is_refused():
