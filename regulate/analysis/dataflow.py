@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from functools import reduce
 
@@ -17,6 +18,9 @@ _ACTIVATIONS = {
     F.softplus, torch.sigmoid, torch.tanh, "relu", "relu_", "sigmoid", "tanh",
 }  # fmt: skip
 _NEVER = 10**6
+# What takes only shape, dtype or device of a tensor: of its first argument, or of those behind that.
+_LIKE = re.compile(r"new_\w+|(zeros|ones|full|empty|rand|randn|randint)_like")
+_AS = {"to", "type_as", "view_as", "expand_as", "reshape_as"}
 
 
 def entering(node: fx.Node) -> fx.Node:
@@ -24,6 +28,14 @@ def entering(node: fx.Node) -> fx.Node:
     first = (*node.args, *node.kwargs.values())[0]
     assert isinstance(first, fx.Node)
     return first
+
+
+def _data(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes whose numbers a node computes with."""
+    name = str(getattr(node.target, "__name__", node.target))
+    if node.op in ("call_method", "call_function") and _LIKE.fullmatch(name):
+        return []
+    return node.all_input_nodes[: 1 if node.op == "call_method" and name in _AS else None]
 
 
 class Dataflow:
@@ -40,12 +52,12 @@ class Dataflow:
         self.depth: dict[fx.Node, int] = {}
         beginning = self._beginning()
         for node in self.traced.graph.nodes:
-            parents = [parent for parent in node.all_input_nodes if parent in self.depth]
+            parents = [parent for parent in _data(node) if parent in self.depth]
             begins = node in beginning
             if node.op == "output" or not (parents or begins) or node.name not in self.shapes:
                 continue
             self.parents[node] = parents
-            over = reduce(self.meet, parents) if parents else None
+            over = reduce(self.meet, parents) if parents else None  # type: ignore[arg-type]
             self.over[node] = over
             self.depth[node] = 0 if over is None else self.depth[over] + 1
 

@@ -7,7 +7,9 @@ needs the input's mean and variance. Both are read off the dataflow before the w
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +36,10 @@ _FIXED_POINTS = {
 }  # fmt: skip
 _GATES = (nn.Sigmoid, nn.Hardsigmoid)
 _GATE_TARGETS = {torch.sigmoid, F.sigmoid, F.hardsigmoid, "sigmoid", "sigmoid_"}
+# What gives a map another type, and what puts its numbers elsewhere.
+_CASTS = {"contiguous", "clone", "to", "type", "type_as", "float", "half", "double", "bfloat16"}
+_MOVES = {"view", "reshape", "transpose", "permute", "flip", "roll", torch.transpose, torch.permute, torch.reshape}
+_MOVES |= {torch.flip, torch.roll, torch.channel_shuffle}
 _RESHAPES = {"view", "reshape", "expand", "expand_as", "unsqueeze", torch.unsqueeze, torch.reshape}
 
 
@@ -73,14 +79,22 @@ def origin(flow: Dataflow, node: fx.Node, user: fx.Node | None = None) -> Origin
         return unknown
     module = flow.traced.module(node)
     if module is not None:
-        return _through_module(flow, node, module, unknown)
-    return _through_function(flow, node, unknown)
+        known = _through_module(str(node.target), module, partial(origin, flow, flow.parents[node][0]), unknown)
+    else:
+        known = _through_function(flow, node, unknown)
+    fits = sum(source.channels for source in known.sources) == unknown.sources[0].channels
+    return known if fits else replace(known, sources=unknown.sources)
 
 
-def _through_module(flow: Dataflow, node: fx.Node, module: nn.Module, unknown: Origin) -> Origin:
+def _through_module(path: str, module: nn.Module, before: Callable[[], Origin], unknown: Origin) -> Origin:
     if "forward" in vars(module) or _is_patched(type(module)):
         return unknown
-    known = _through_class(flow, node, module, unknown)
+    if type(module) is nn.Sequential:
+        for name, child in module.named_children():
+            before = partial(_through_module, f"{path}.{name}", child, before, unknown)
+        known = before()
+    else:
+        known = _through_class(path, module, before, unknown)
     # A hook may change what the module puts out.
     return replace(known, fixed_point="none") if has_hooks(module) else known
 
@@ -93,19 +107,25 @@ def _is_patched(cls: type[nn.Module]) -> bool:
     return getattr(forward, "__module__", "torch").partition(".")[0] != "torch"
 
 
-def _through_class(flow: Dataflow, node: fx.Node, module: nn.Module, unknown: Origin) -> Origin:
-    before = flow.parents[node][0]
+def _through_class(path: str, module: nn.Module, before: Callable[[], Origin], unknown: Origin) -> Origin:
     if is_norm(module):
-        return _norm(node, module, unknown)
+        return _norm(path, module, unknown)
     name = f"{type(module).__module__}.{type(module).__qualname__}"
-    if type(module) is nn.Identity or _is_pool(module) or name in _POOL_CLASSES:
-        return origin(flow, before)
+    if type(module) is nn.Identity or _is_pool(module) or name in _POOL_CLASSES or _is_pad(module):
+        return before()
+    if type(module) is nn.ChannelShuffle:
+        return replace(before(), sources=unknown.sources)
     if type(module) in _RESCALING or name in _DROP_CLASSES:
-        return _rescaled(origin(flow, before), gates=0)
+        return _rescaled(before(), gates=0)
     if type(module).__module__ == nn.ReLU.__module__:
         fixed = "hardtanh" if _is_plain_hardtanh(module) else _FIXED_POINTS.get(type(module), "none")
-        return _activated(origin(flow, before), fixed, f"module:{node.target}")
+        return _activated(before(), fixed, f"module:{path}")
     return unknown
+
+
+def _is_pad(module: nn.Module) -> bool:
+    """Check whether a module of torch's puts zeros, or numbers of the map itself, around it."""
+    return type(module).__module__ == nn.ZeroPad2d.__module__ and getattr(module, "value", 0) == 0
 
 
 def _is_pool(module: nn.Module) -> bool:
@@ -119,9 +139,9 @@ def _is_plain_hardtanh(module: nn.Module) -> bool:
     return type(module) is nn.Hardtanh and (module.min_val, module.max_val) == (-1.0, 1.0)
 
 
-def _norm(node: fx.Node, module: nn.Module, unknown: Origin) -> Origin:
-    path = str(node.target)
-    known = Origin("none", (replace(unknown.sources[0], norm=path),)) if has_running_statistics(module) else unknown
+def _norm(path: str, module: nn.Module, unknown: Origin) -> Origin:
+    statistics = getattr(module, "running_mean", None) if has_running_statistics(module) else None
+    known = unknown if statistics is None else Origin("none", (Source(len(statistics), norm=path),))
     # A norm with an activation inside: its one child that does something.
     inner = [(name, child) for name, child in module.named_children() if not isinstance(child, nn.Identity)]
     if not inner:
@@ -139,8 +159,10 @@ def _through_function(flow: Dataflow, node: fx.Node, unknown: Origin) -> Origin:
     before, target = flow.parents[node][0], node.target
     if target in _FIXED_POINTS:
         return _activated(origin(flow, before), _FIXED_POINTS[target], _function_name(target))
-    if (target in _POOLS and not _divides(node)) or target in ("contiguous", "clone"):
+    if (target in _POOLS and not _divides(node)) or target in _CASTS or (target is F.pad and _pads_zeros(node)):
         return origin(flow, before)
+    if target in _MOVES:
+        return replace(origin(flow, before), sources=unknown.sources)
     if target in (F.dropout, F.dropout2d):
         return _rescaled(origin(flow, before), gates=0)
     if flow.is_activation(node):
@@ -157,6 +179,11 @@ def _through_function(flow: Dataflow, node: fx.Node, unknown: Origin) -> Origin:
 def _divides(node: fx.Node) -> bool:
     """Check whether an average has a divisor of its own, the last of its seven arguments."""
     return node.kwargs.get("divisor_override") is not None or len(node.args) > 6
+
+
+def _pads_zeros(node: fx.Node) -> bool:
+    """Check the same of `torch.nn.functional.pad`, whose value is the last of four arguments."""
+    return next(iter(node.args[3:]), node.kwargs.get("value")) in (None, 0)
 
 
 def _function_name(target: Any) -> str:

@@ -60,7 +60,7 @@ def find(flow: Dataflow) -> list[Found]:
 
 
 def _block(flow: Dataflow, addition: fx.Node, found: dict[fx.Node, Found]) -> Found | None:
-    operands = addition.args[:2]
+    operands = (*addition.args[:2], *(addition.kwargs[key] for key in ("input", "other") if key in addition.kwargs))
     a, b = operands if len(operands) == 2 else (None, None)
     if not (isinstance(a, fx.Node) and isinstance(b, fx.Node) and a in flow.parents and b in flow.parents):
         return None

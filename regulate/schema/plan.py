@@ -177,7 +177,7 @@ def _text(plan: Plan) -> str:
         head.append(f"no norm known before the write point, unit statistics: {_some(unit)}; calibrate() measures them")
     linear = [b.name for b in plan.blocks if b.activation == "none"]
     if linear and plan.options["fusion"] == "paper":
-        head.append(f"fused without an activation, which would change the function: {_some(linear)}")
+        head.append(f"fused without an activation, none is known to leave their maps as they are: {_some(linear)}")
     if plan.skipped:
         head += ["left alone:", *(f"  {entry.name or plan.model}: {entry.reason}" for entry in plan.skipped)]
     return "\n".join(head)
