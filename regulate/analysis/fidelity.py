@@ -131,9 +131,7 @@ def _wrong_in_training(site: Site, trained: _Ran) -> str:
 
 def _disturbed(site: Site, ran: _Ran) -> str:
     home = _home(site)
-    if not any(is_inside(scope, home) or is_inside(home, scope) for scope in ran.disturbed):
-        return ""
-    return DISTURBED
+    return DISTURBED if any(is_inside(scope, home) or is_inside(home, scope) for scope in ran.disturbed) else ""
 
 
 def _location(site: Site) -> str:

@@ -39,8 +39,7 @@ def observe(measured: Measured, points: Sequence[str], blocks: Sequence[str]) ->
 def _observed(
     measured: Measured, points: Sequence[str], blocks: Sequence[str], device: AbstractContextManager[Any]
 ) -> Observed:
-    traced, inputs = measured.traced, measured.inputs
-    log = Log(traced.root, inputs)
+    log, traced, inputs = Log(measured.traced.root, measured.inputs), measured.traced, measured.inputs
     passes: dict[str, list[tuple[int, tuple[int, ...]]]] = {path: [] for path in points}
     closed: dict[str, list[Any]] = {}
     for node in traced.graph.find_nodes(op="call_module"):

@@ -20,7 +20,7 @@ from ..nn.factory import build_cell, build_fusion
 from ..schema.plan import Block, Plan, Skipped, Stage
 from ..utils.locks import one_at_a_time
 from ..utils.paths import common_prefix, join, relative
-from .candidates import survey
+from .candidates import Survey, survey
 from .fidelity import DISTURBED
 from .inputs import Size, sizes
 from .inputs import example as read_example
@@ -30,6 +30,7 @@ from .trace import holds_convolution, is_convolution
 
 # How many modules are looked into for a part that works where the whole does not.
 _PARTS = 12
+_OPAQUE = "; torch.fx does not look into a module that holds no convolution: put what it cannot follow into one"
 
 
 @one_at_a_time
@@ -54,7 +55,7 @@ def make_plan(
     if not seen.sites:
         # Code that would take a regulator for a part of its own does so wherever that was put in from.
         disturbed = any(DISTURBED in entry.reason for entry in seen.skipped)
-        advice = "" if disturbed else _parts_that_work(bare, config, tried, seen.failed or [""])
+        advice = "" if disturbed else _next_step(bare, config, tried, seen)
         raise NoBlocksError(_nothing_found(model, seen.skipped) + advice)
     runs = [(run, _container(bare, run)) for run in _chains(seen.sites)]
     stages = _named(config, runs)
@@ -93,9 +94,9 @@ def _nothing_found(model: nn.Module, skipped: Sequence[Skipped]) -> str:
     )  # fmt: skip
 
 
-def _parts_that_work(bare: nn.Module, config: RegulatorConfig, tried: Sequence[Size], failed: Sequence[str]) -> str:
-    """Return the next step where a network cannot be taken as a whole: the first part that can."""
-    waiting = list(failed)
+def _next_step(bare: nn.Module, config: RegulatorConfig, tried: Sequence[Size], seen: Survey) -> str:
+    """Return what to do where a network cannot be taken as a whole: the first part that can, or what hides its code."""
+    waiting = list(seen.failed or [""])
     for at in itertools.islice(waiting, _PARTS):  # which grows meanwhile
         for name, child in bare.get_submodule(at).named_children():
             path = join(at, name)
@@ -105,7 +106,7 @@ def _parts_that_work(bare: nn.Module, config: RegulatorConfig, tried: Sequence[S
                 code = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", f"model.{path}")
                 return f"; its part {path} can be regulated alone: {code} = regulate({code})"
             waiting.append(path)
-    return ""
+    return _OPAQUE if any(entry.reason.startswith("cannot be ") for entry in seen.skipped) else ""
 
 
 def _chains(sites: list[Site]) -> list[list[Site]]:

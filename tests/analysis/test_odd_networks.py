@@ -129,6 +129,7 @@ KNOWN = {
     "like another": lambda y: y.type_as(y),
 }
 MOVED = {
+    "flipped": lambda y: y.flip(1),
     "shuffled": nn.ChannelShuffle(2),
     "by hand": lambda y: y.view(-1, 2, 4, y.size(2), y.size(3)).transpose(1, 2).reshape(-1, 8, y.size(2), y.size(3)),
 }
@@ -199,6 +200,28 @@ def test_what_takes_a_maps_shape_or_type_alone_is_no_way_of_its_numbers(add):
     model = of(Added)
     assert len(plan(model).blocks) == 2
     assert_same(model, regulate(model, fusion="residual"))
+
+
+class Checks(nn.Module):
+    def forward(self, x):
+        assert x.shape[1] == 8
+        return x
+
+
+def test_the_advice_for_code_that_torch_fx_cannot_follow_works():
+    class Asserts(Plain):
+        def middle(self, y):
+            assert y.shape[1] == 8
+            return y
+
+    class Calls(Plain):
+        def __init__(self):
+            super().__init__()
+            self.middle = Checks()
+
+    with pytest.raises(NoBlocksError, match="holds no convolution: put what it cannot follow into one"):
+        plan(of(Asserts))
+    assert len(plan(of(Calls)).blocks) == 2
 
 
 def test_grad_mode_is_put_back():
