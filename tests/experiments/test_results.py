@@ -65,7 +65,12 @@ def test_the_sentences_are_those_of_the_tables(page):
 
 @pytest.mark.parametrize(
     ("name", "arm"),
-    [("scratch", "lstm, identity"), ("transfer-1000", "lstm"), ("transfer-1000", "lstm in the last stage")],
+    [
+        ("scratch", "lstm, identity"),
+        ("retrofit", "lstm, paper"),
+        ("transfer-1000", "lstm"),
+        ("transfer-1000", "lstm in the last stage"),
+    ],
 )
 def test_the_other_sentences_are_too(name, arm):
     runs = results.read_runs(EXPERIMENTS[name], RESULTS)
@@ -73,7 +78,9 @@ def test_the_other_sentences_are_too(name, arm):
     assert found.pairs >= 3 and found.low < 0 < found.high
     flat = " ".join(PAGE.partition("## Registered")[0].split())
     assert str(found) in flat
-    if name == "transfer-1000":
+    if (name, arm) in (("retrofit", "lstm, paper"), ("transfer-1000", "lstm")):
+        assert str(found) in " ".join((ROOT / "README.md").read_text().split())
+    if name != "scratch":
         assert f"{tables._seconds(runs[arm]) / tables._seconds(runs['plain']):.1f} times" in flat
         assert f"{found.p:.3f}" in flat
 
