@@ -80,6 +80,8 @@ def test_the_other_sentences_are_too(name, arm):
     assert str(found) in flat
     if (name, arm) in (("retrofit", "lstm, paper"), ("transfer-1000", "lstm")):
         assert str(found) in " ".join((ROOT / "README.md").read_text().split())
+    if name == "retrofit":
+        assert f"{sum(map(len, runs.values()))} of the 30 runs" in flat
     if name != "scratch":
         assert f"{tables._seconds(runs[arm]) / tables._seconds(runs['plain']):.1f} times" in flat
         assert f"{found.p:.3f}" in flat
