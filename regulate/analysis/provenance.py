@@ -90,7 +90,7 @@ def _through_module(path: str, module: nn.Module, before: Callable[[], Origin], 
     if "forward" in vars(module) or _is_patched(type(module)):
         return unknown
     if type(module) is nn.Sequential:
-        for name, child in module.named_children():
+        for name, child in zip(module._modules, module, strict=True):  # one that stands twice, too
             before = partial(_through_module, f"{path}.{name}", child, before, unknown)
         known = before()
     else:

@@ -38,7 +38,9 @@ MOVED = {
     "shuffled": nn.ChannelShuffle(2),
     "by hand": lambda y: y.view(-1, 2, 4, y.size(2), y.size(3)).transpose(1, 2).reshape(-1, 8, y.size(2), y.size(3)),
 }
+TWICE = nn.Tanh()
 UNKNOWN = {
+    "one that stands twice": nn.Sequential(TWICE, nn.ReLU(), TWICE),
     "a border of ones less": nn.ConstantPad2d(1, -1.0),
     "the same by a function": lambda y: F.pad(y, (1, 1, 1, 1), "constant", -1.0),
     "another range": nn.Sequential(nn.Dropout(0.0), nn.Hardsigmoid(), nn.Tanh()),
