@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from functools import reduce
 
@@ -19,7 +18,8 @@ _ACTIVATIONS = {
 }  # fmt: skip
 _NEVER = 10**6
 # What takes only shape, dtype or device of a tensor: of its first argument, or of those behind that.
-_LIKE = re.compile(r"new_\w+|(zeros|ones|full|empty|rand|randn|randint)_like")
+_LIKE = {torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like}
+_LIKE |= {torch.rand_like, torch.randn_like, torch.randint_like}
 _AS = {"to", "type_as", "view_as", "expand_as", "reshape_as"}
 
 
@@ -32,10 +32,10 @@ def entering(node: fx.Node) -> fx.Node:
 
 def _data(node: fx.Node) -> list[fx.Node]:
     """Return the nodes whose numbers a node computes with."""
-    name = str(getattr(node.target, "__name__", node.target))
-    if node.op in ("call_method", "call_function") and _LIKE.fullmatch(name):
+    is_method = node.op == "call_method"
+    if node.target in _LIKE or (is_method and str(node.target).startswith("new_")):
         return []
-    return node.all_input_nodes[: 1 if node.op == "call_method" and name in _AS else None]
+    return node.all_input_nodes[: 1 if is_method and node.target in _AS else None]
 
 
 class Dataflow:
