@@ -64,27 +64,29 @@ def test_the_sentences_are_those_of_the_tables(page):
 
 
 @pytest.mark.parametrize(
-    ("name", "arm"),
+    ("name", "arm", "chance"),
     [
-        ("scratch", "lstm, identity"),
-        ("retrofit", "lstm, paper"),
-        ("transfer-1000", "lstm"),
-        ("transfer-1000", "lstm in the last stage"),
+        ("scratch", "lstm, identity", True),
+        ("retrofit", "lstm, paper", True),
+        ("retrofit", "lstm, paper, frozen", False),
+        ("transfer-1000", "lstm", True),
+        ("transfer-1000", "lstm in the last stage", True),
     ],
 )
-def test_the_other_sentences_are_too(name, arm):
+def test_the_other_sentences_are_too(name, arm, chance):
     runs = results.read_runs(EXPERIMENTS[name], RESULTS)
     found = tables.difference(runs[arm], runs["plain"], EXPERIMENTS[name].starts)
-    assert found.pairs >= 3 and found.low < 0 < found.high
+    assert found.pairs >= 3 and (found.low < 0 < found.high) == chance
     flat = " ".join(PAGE.partition("## Registered")[0].split())
     assert str(found) in flat
-    if (name, arm) in (("retrofit", "lstm, paper"), ("transfer-1000", "lstm")):
+    if name == "retrofit" or (name, arm) == ("transfer-1000", "lstm"):
         assert str(found) in " ".join((ROOT / "README.md").read_text().split())
     if name == "retrofit":
         assert f"{sum(map(len, runs.values()))} of the 30 runs" in flat
     if name != "scratch":
-        assert f"{tables._seconds(runs[arm]) / tables._seconds(runs['plain']):.1f} times" in flat
         assert f"{found.p:.3f}" in flat
+    if name != "scratch" and "frozen" not in arm:  # whose seconds are of another machine
+        assert f"{tables._seconds(runs[arm]) / tables._seconds(runs['plain']):.1f} times" in flat
 
 
 @pytest.mark.parametrize("experiment", DIGITS)
