@@ -33,7 +33,7 @@ _PARTS = 12
 _OPAQUE = "; torch.fx does not look into a module that holds no convolution: put what it cannot follow into one"
 
 
-@one_at_a_time
+@one_at_a_time()
 def make_plan(
     model: nn.Module,
     config: RegulatorConfig,

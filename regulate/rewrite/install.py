@@ -61,7 +61,7 @@ class Prepared:
             raise
 
 
-@one_at_a_time
+@one_at_a_time()
 def prepare(model: nn.Module, plan: Plan, config: RegulatorConfig) -> Prepared:
     """Build the modules that a plan asks for, and check that the model can take them.
 

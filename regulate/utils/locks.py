@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
-
-P = ParamSpec("P")
-R = TypeVar("R")
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _TRACING = threading.RLock()
 
 
-def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
-    """Let threads call these functions one after another; what they have in common is torch's tracer."""
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Let threads call these functions one after another; what they have in common is torch's tracer.
 
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _TRACING:
-            return function(*args, **kwargs)
-
-    return run
+    A decorator: `@one_at_a_time()`.
+    """
+    with _TRACING:
+        yield
