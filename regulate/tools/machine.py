@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .. import kernels
+from ..kernels.cpu.build import told_of_processor
 
 
 def resident_peak(work: Callable[[], object]) -> int:
@@ -42,8 +43,4 @@ def machine(device: str) -> dict[str, Any]:
 
 def processor() -> str:
     """Return the processor's name as its maker writes it."""
-    try:
-        found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
+    return next(iter(told_of_processor("model name")), "") or platform.processor() or platform.machine()
