@@ -15,7 +15,7 @@ _CELLS = {"rnn": 0, "gru": 1, "lstm": 2}
 Maps = tuple[Tensor, Maybe, Maybe, Maybe, Maybe]
 
 
-def forward(cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Weights) -> tuple[Tensor, Tensor]:
+def forward(cell: str, x: Tensor, h: Maybe, c: Maybe, weights: Weights) -> tuple[Tensor, Tensor]:
     """One step. float32 on the CPU; x, h, c of one shape and one memory format.
 
     Args:
@@ -35,14 +35,7 @@ def forward(cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: W
 
 
 def backward(
-    cell: str,
-    x: Tensor,
-    h: Tensor | None,
-    c: Tensor | None,
-    weights: Weights,
-    new_h: Tensor | None,
-    dh: Tensor,
-    dc: Tensor | None,
+    cell: str, x: Tensor, h: Maybe, c: Maybe, weights: Weights, new_h: Maybe, dh: Tensor, dc: Maybe
 ) -> tuple[Tensor, ...]:
     """Return the gradients of `forward`; dh and dc are those of its results. The gates are computed again.
 
