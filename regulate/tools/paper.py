@@ -134,17 +134,11 @@ def compare() -> str:
 
 def _line(counted: Counted) -> tuple[str, ...]:
     row, sign = counted.row, "+" if counted.row.increase else ""
-    return (
-        row.table,
-        row.name,
-        *_beside(row.parameters, counted.parameters, sign),
-        *_beside(row.flops, counted.flops, sign),
-    )
+    parameters = _beside(row.parameters, counted.parameters, sign)
+    return (row.table, row.name, *parameters, *_beside(row.flops, counted.flops, sign))
 
 
 def _beside(printed: float | None, ours: int | None, sign: str) -> tuple[str, str, str]:
-    if ours is None:
-        return "-" if printed is None else f"{sign}{printed:,.0f}", "not known", "-"
-    if printed is None:
-        return "-", f"{sign}{ours:,}", "-"
-    return f"{sign}{printed:,.0f}", f"{sign}{ours:,}", f"{ours - printed:+,.0f}"
+    paper = "-" if printed is None else f"{sign}{printed:,.0f}"
+    here = "not known" if ours is None else f"{sign}{ours:,}"
+    return paper, here, "-" if printed is None or ours is None else f"{ours - printed:+,.0f}"
