@@ -119,11 +119,9 @@ def _listen(tape: _Tape, model: nn.Module, hooks: ExitStack) -> None:
 
 
 def _share(fusion: Fusion, x: Tensor, hidden: Tensor) -> float:
-    weight, width = fusion.mix.weight, x.shape[1]
-    own, memory = (
-        torch.einsum("oi,ni...->no...", part.flatten(1), map_).norm().item()
-        for part, map_ in ((weight[:, :width], x), (weight[:, width:], hidden))
-    )
+    weight, width = fusion.mix.weight.flatten(1), x.shape[1]
+    own = torch.einsum("oi,ni...->no...", weight[:, :width], x).norm().item()
+    memory = torch.einsum("oi,ni...->no...", weight[:, width:], hidden).norm().item()
     return float(memory / max(own + memory, 1e-12))
 
 
