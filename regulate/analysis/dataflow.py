@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import reduce
 
@@ -53,8 +54,7 @@ class Dataflow:
         beginning = self._beginning()
         for node in self.traced.graph.nodes:
             parents = [parent for parent in _data(node) if parent in self.depth]
-            begins = node in beginning
-            if node.op == "output" or not (parents or begins) or node.name not in self.shapes:
+            if node.op == "output" or not (parents or node in beginning) or node.name not in self.shapes:
                 continue
             self.parents[node] = parents
             over = reduce(self.meet, parents) if parents else None  # type: ignore[arg-type]
@@ -129,8 +129,7 @@ class Dataflow:
         grids = [(self.shape(node) or ())[2:] for node in nodes]
         return any(
             len(a) == len(b) and any(y >= 2 * x for x, y in zip(a, b, strict=True))
-            for at, a in enumerate(grids)
-            for b in grids[at + 1 :]
+            for a, b in itertools.combinations(grids, 2)
         )
 
     def cost(self, node: fx.Node) -> int:
