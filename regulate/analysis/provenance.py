@@ -101,10 +101,8 @@ def _through_module(path: str, module: nn.Module, before: Callable[[], Origin], 
 
 def _is_patched(cls: type[nn.Module]) -> bool:
     """Check whether somebody's own forward was put on a class of torch's."""
-    if cls.__module__.partition(".")[0] != "torch":
-        return False
-    forward = next((vars(base)["forward"] for base in cls.__mro__ if "forward" in vars(base)), None)
-    return getattr(forward, "__module__", "torch").partition(".")[0] != "torch"
+    own, of_forward = cls.__module__, getattr(cls.forward, "__module__", "torch")
+    return own.partition(".")[0] == "torch" and of_forward.partition(".")[0] != "torch"
 
 
 def _through_class(path: str, module: nn.Module, before: Callable[[], Origin], unknown: Origin) -> Origin:
