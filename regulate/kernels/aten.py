@@ -6,6 +6,7 @@ in place. With gradients the gates are kept and the mix is made again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,32 +51,30 @@ class _Gates:
         self.width = x.shape[1]
         self.buffer = torch.empty_like(x)
 
-    def _of(self, k: int) -> Weights:
-        rows = slice(k * self.width, (k + 1) * self.width)
-        mix, weight, bias = self.weights
-        return mix[rows], weight[rows], bias[rows]
+    def _rows(self, k: int, parts: Sequence[Tensor]) -> Weights:
+        mix, weight, bias = (part[k * self.width : (k + 1) * self.width] for part in parts)
+        return mix, weight, bias
 
     def _mixed(self, mix: Tensor, h: Maybe) -> Tensor:
         torch.mul(self.x, mix[:, 0], out=self.buffer)
         return self.buffer if h is None else self.buffer.addcmul_(h, mix[:, 1])
 
     def forward(self, k: int, h: Maybe) -> Tensor:
-        mix, weight, bias = self._of(k)
+        mix, weight, bias = self._rows(k, self.weights)
         return F.conv2d(self._mixed(mix, h), weight, bias, padding=1, groups=self.width)
 
     def backward(self, k: int, h: Maybe, d: Tensor, dx: Tensor, dh: Tensor, grads: Weights) -> None:
         """From d, the gradient of gate k, adds to dx and dh and sets the gate's rows of the parameters' gradients."""
-        mix, weight, bias = self._of(k)
-        dm, dweight, dbias = torch.ops.aten.convolution_backward(
+        mix, weight, bias = self._rows(k, self.weights)
+        dmix, dweight, dbias = self._rows(k, grads)
+        dm, dweight[:], dbias[:] = torch.ops.aten.convolution_backward(
             d, self._mixed(mix, h), weight, bias.shape, (1, 1), (1, 1), (1, 1), False, (0, 0), self.width, (True,) * 3
         )
-        rows = slice(k * self.width, (k + 1) * self.width)
         dx.addcmul_(dm, mix[:, 0])
         dh.addcmul_(dm, mix[:, 1])
-        grads[0][rows, 0, 0, 0] = torch.mul(dm, self.x, out=self.buffer).sum((0, 2, 3))
+        dmix[:, 0, 0, 0] = torch.mul(dm, self.x, out=self.buffer).sum((0, 2, 3))
         if h is not None:
-            grads[0][rows, 1, 0, 0] = torch.mul(dm, h, out=self.buffer).sum((0, 2, 3))
-        grads[1][rows], grads[2][rows] = dweight, dbias
+            dmix[:, 1, 0, 0] = torch.mul(dm, h, out=self.buffer).sum((0, 2, 3))
 
 
 def _rnn(gates: _Gates, keep: bool) -> Made:
@@ -163,7 +162,7 @@ def _lstm_back(of: _Gates, new_c: Maybe, gates: list[Tensor], dh: Tensor, dc: Ma
     assert new_c is not None
     t = new_c.tanh()
     of.backward(3, h, _sigmoid(dh * t, o), *into)
-    inner = _tanh(dh * o, t)
+    inner: Tensor = _tanh(dh * o, t)
     if dc is not None:
         inner.add_(dc)
     of.backward(0, h, _sigmoid(inner * g, i), *into)
@@ -171,8 +170,7 @@ def _lstm_back(of: _Gates, new_c: Maybe, gates: list[Tensor], dh: Tensor, dc: Ma
     if c is None:
         return None
     of.backward(1, h, _sigmoid(inner * c, f), *into)
-    old: Tensor = inner.mul_(f)
-    return old
+    return inner.mul_(f)
 
 
 _BACKWARD = {"rnn": _rnn_back, "gru": _gru_back, "lstm": _lstm_back}
