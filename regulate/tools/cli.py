@@ -220,8 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_script(args.script, args.arguments)  # whose errors are its own
         return 0
     try:
-        code: int = args.run(args) or 0
-        return code
+        return int(args.run(args) or 0)
     except ModuleNotFoundError as error:
         message = f"this needs {error.name}, which is not installed; pip install {error.name}"
     except (RegulateError, ValueError, TypeError, RuntimeError, OSError) as error:
