@@ -12,8 +12,6 @@ FOLDER = Path(__file__).parent / "compiled"
 
 def libraries() -> list[Path]:
     """Return the libraries of this installation that fit the processor, the fastest first; none outside of wheels."""
-    if not FOLDER.is_dir():
-        return []
     known = features()
     fitting = [target for target in TARGETS.get(platform.machine().lower(), ()) if set(target.needs.split()) <= known]
     return [path for target in fitting if (path := FOLDER / target.file).is_file()]
