@@ -74,8 +74,7 @@ def _own(info: os.stat_result) -> bool:
 
 
 def _from(folder: Path, key: str, make: Callable[[Path], None]) -> Path:
-    found = _sound(folder, key)
-    if found is not None:
+    if found := _sound(folder, key):
         return found
     with _locked(folder) as alone:
         # Of processes that start together the first one builds, and the others find it here.
@@ -119,12 +118,11 @@ def _locked(folder: Path) -> Iterator[bool]:
         yield False
         return
     handle = os.open(folder, os.O_RDONLY)
+    alone = False
     try:
-        try:
+        with suppress(OSError):  # some network file systems have none
             fcntl.flock(handle, fcntl.LOCK_EX)
             alone = True
-        except OSError:  # some network file systems have none
-            alone = False
         yield alone
     finally:
         os.close(handle)
