@@ -82,11 +82,15 @@ def use(choice: str) -> Iterator[None]:
         >>> torch.allclose(fast, slow, atol=1e-6)
         True
     """
+    global _traced
     if choice not in CHOICES:
         raise ValueError(f"a kernel is one of {', '.join(CHOICES)}; got {choice!r}")
     if torch.compiler.is_compiling():
-        with _tracing(choice):
+        before, _traced = _traced, choice
+        try:
             yield
+        finally:
+            _traced = before
         return
     own = _Use(choice)
     _uses.set((*_uses.get(), own))
@@ -96,16 +100,6 @@ def use(choice: str) -> Iterator[None]:
     finally:
         _spans.end(own, begun)
         _uses.set(tuple(one for one in _uses.get() if one is not own))
-
-
-@contextmanager
-def _tracing(choice: str) -> Iterator[None]:
-    global _traced
-    before, _traced = _traced, choice
-    try:
-        yield
-    finally:
-        _traced = before
 
 
 def choose(cell: str, x: Tensor, state: tuple[Tensor, ...] | None, weights: Sequence[Tensor], gates: int) -> str | None:
@@ -150,7 +144,7 @@ def eager_on_cpu(*tensors: Tensor) -> bool:
         and all(t.dtype == tensors[0].dtype for t in tensors)
         and not torch.is_autocast_enabled("cpu")
         and not _transformed()
-        and not dispatched()
+        and not autograd.operators_are_watched()
         and has_address(*tensors)
     )
 
@@ -179,11 +173,6 @@ def _fitting(cell: str, x: Tensor, state: tuple[Tensor, ...] | None, weights: Se
         and all(tail == ((2, 1, 1), (1, 3, 3), ())[i % 3] for i, tail in enumerate(tails))
         and all(part.shape == x.shape for part in state or ())
     )
-
-
-def dispatched() -> bool:
-    """Check whether somebody looks at torch's operators as they run, a FLOP counter or a policy of checkpointing."""
-    return autograd.operators_are_watched()
 
 
 def _transformed() -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._compat.autograd import operators_are_watched
 from . import aten, fused, op
-from .choose import choose, dispatched
+from .choose import choose
 from .reference import GATES
 
 
@@ -34,7 +35,7 @@ def step(
     tensors = (x, h, c, mix, weight, bias)
     if form == "aten":
         new_h, new_c = aten.step(cell, *tensors)
-    elif torch.compiler.is_compiling() or dispatched():
+    elif torch.compiler.is_compiling() or operators_are_watched():
         new_h, new_c = op.light_step(cell, *_laid_out(x, h, c), mix, weight, bias, _type(x))
     else:
         new_h, new_c = fused.step(cell, tensors, _type(x))
