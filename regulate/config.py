@@ -101,11 +101,13 @@ class RegulatorConfig:
             ValueError: a key is unknown or a value is not allowed.
             TypeError: a value has the wrong type.
         """
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
+        unknown = sorted(set(values) - set(OPTIONS))
         if unknown:
-            raise ValueError(f"a config has the keys {_listed(known)}, found also {_listed(unknown)}; remove them")
+            raise ValueError(f"a config has the keys {_listed(OPTIONS)}, found also {_listed(unknown)}; remove them")
         return cls(**values)
+
+
+OPTIONS = tuple(field.name for field in fields(RegulatorConfig))
 
 
 class Options(TypedDict, total=False):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from .._compat.modules import timm_config_writer
-from ..config import RegulatorConfig
+from ..config import OPTIONS, RegulatorConfig
 from ..errors import CheckpointError, UnsupportedModelError
 from ..rewrite.guard import check_regulated, unwrapped
 from ..schema.text import first_line
@@ -26,8 +25,6 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 # What create_model takes beside the network's own arguments: where it loads from. Not for a file to say.
 _CONTROL = {"model_name", "pretrained", "checkpoint_path", "cache_dir", "features_only"}
-# What only regulate's architectures in timm take.
-_OPTIONS = {field.name for field in fields(RegulatorConfig)}
 # What the card of a network may say of its data; the rest of it, such as addresses of weights, stays timm's.
 _DATA = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes", "label_names")
 
@@ -131,7 +128,7 @@ def _build(config: Any) -> nn.Module:
     name, arguments, card = config["architecture"], config.get("model_args", {}), config.get("pretrained_cfg", {})
     if isinstance(name, str) and name.startswith(REGULATED):  # of regulate.timm: the options are with the weights
         name = name.removeprefix(REGULATED)
-        arguments = {key: value for key, value in arguments.items() if key not in _OPTIONS}
+        arguments = {key: value for key, value in arguments.items() if key not in OPTIONS}
     if not isinstance(name, str) or not re.fullmatch(r"\w+", name) or not timm.is_model(name):
         raise CheckpointError(f"timm {timm.__version__} has no architecture {name!r}; is it of a newer version?")
     refused = sorted(key for key in arguments if key in _CONTROL or key.startswith("pretrained_"))

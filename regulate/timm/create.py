@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from .. import RegulatorConfig
 from ..analysis.planner import make_plan
+from ..config import OPTIONS
 from ..rewrite.install import prepare
 from .families import PREFIX
 from .network import enlist
 from .weights import fill, split, weights_of
 
-OPTIONS = tuple(field.name for field in dataclasses.fields(RegulatorConfig))
 # Of a pretrained_cfg: where weights come from.
 _SOURCE = ("source", "state_dict")
 
