@@ -80,10 +80,8 @@ def options_in(tensors: Mapping[str, Tensor]) -> RegulatorConfig | None:
 def _cell(parts: Mapping[str, Tensor], width: int) -> str | None:
     """Return the cell whose gate convolutions have these biases, for a hidden state of so many channels."""
     held = {name.removesuffix(".bias"): len(bias) for name, bias in parts.items() if name.endswith(".bias")}
-    for cell, row in CELL_GATES.items():
-        if held == {conv: len(gates) * width for conv, gates in row.items()}:
-            return cell
-    return None
+    rows = {cell: {conv: len(gates) * width for conv, gates in row.items()} for cell, row in CELL_GATES.items()}
+    return next((cell for cell, row in rows.items() if row == held), None)
 
 
 def of_blocks(planned: Plan, config: RegulatorConfig, keys: Collection[str]) -> RegulatorConfig:
