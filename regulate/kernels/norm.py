@@ -13,6 +13,7 @@ from .addresses import has_address
 from .choose import native_here
 from .cpu.library import call
 from .fused import alike
+from .reference import differentiated
 
 _MADE_OF = "_regulate_made_of"
 
@@ -120,9 +121,8 @@ class _NormReLU(torch.autograd.Function):
 
 def _differentiable(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dy: Tensor) -> list[Tensor | None]:
     """Return the gradients by torch's norm, so that they can be differentiated again."""
-    with torch.enable_grad():
-        # Views, because x may depend on the weights: the same norm may have been applied before.
-        inputs = x.view_as(x), weight.view_as(weight), bias.view_as(bias)
-        again = F.relu(F.batch_norm(inputs[0], None, None, *inputs[1:], True, 0.0, eps))
-        found = iter(torch.autograd.grad(again, [t for t in inputs if t.requires_grad], dy, create_graph=True))
-    return [next(found) if t.requires_grad else None for t in inputs]
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
+        return (F.relu(F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)),)
+
+    return differentiated(run, (x, weight, bias), (dy,))

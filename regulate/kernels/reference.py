@@ -6,7 +6,7 @@ from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -116,18 +116,23 @@ def differentiable(cell: str, inputs: tuple[Maybe, ...], outputs: tuple[Maybe, M
     Returns:
         One gradient per input, None for None and for what needs none.
     """
+
+    def step(x: Tensor, h: Maybe, c: Maybe, *weights: Tensor) -> State:
+        return stacked(cell, x, None if h is None else (h,) if c is None else (h, c), *weights)
+
+    return differentiated(step, inputs, outputs)
+
+
+def differentiated(run: Callable[..., State], inputs: Sequence[Maybe], outputs: Sequence[Maybe]) -> list[Maybe]:
+    """Return the gradients of a function's inputs, given those of its results, by torch's own operators.
+
+    None where an input is None or needs no gradient. They can be differentiated again.
+    """
     with torch.enable_grad():
-        # Views, because the inputs may depend on one another: h was made from the weights, too.
-        inputs = tuple(None if t is None else t.view_as(t) for t in inputs)
-        x, h, c, *weights = inputs
-        assert x is not None
-        state = None if h is None else (h,) if c is None else (h, c)
-        results = stacked(cell, x, state, *weights)
-        pairs = [(result, grad) for result, grad in zip(results, outputs, strict=False) if grad is not None]
+        # Views, because the inputs may depend on one another: a state was made from the weights, too.
+        inputs = [None if t is None else t.view_as(t) for t in inputs]
+        pairs = [(result, grad) for result, grad in zip(run(*inputs), outputs, strict=False) if grad is not None]
         wanted = [t for t in inputs if t is not None and t.requires_grad]
-        grads = iter(
-            torch.autograd.grad(
-                [result for result, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
-            )
-        )
+        results, given = zip(*pairs, strict=True)
+        grads = iter(torch.autograd.grad(results, wanted, given, create_graph=True, allow_unused=True))
     return [next(grads) if t is not None and t.requires_grad else None for t in inputs]
