@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -83,8 +84,9 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for chain, number in zip(found, begun, strict=True):
             chain.off.end(own, number)
-        # Not back to what was before: interleaved generators do not end in the order in which they began.
-        _switch(switch, _without(switch.get(), found))
+        # One entry less of each, not back to what was before: interleaved generators do not end in the order in which
+        # they began.
+        _switch(switch, tuple((Counter(switch.get()) - Counter(found)).elements()))
 
 
 def _switch(switch: ContextVar[tuple[Chain, ...]], off: tuple[Chain, ...]) -> None:
@@ -105,12 +107,3 @@ def is_off(chain: Chain) -> bool:
 
 def _holds(off: tuple[Chain, ...], chain: Chain) -> bool:
     return any(one is chain for one in off)
-
-
-def _without(off: tuple[Chain, ...], found: tuple[Chain, ...]) -> tuple[Chain, ...]:
-    """Return the chains without one entry of each of those found."""
-    left = list(off)
-    for chain in found:
-        if chain in left:
-            left.remove(chain)
-    return tuple(left)
