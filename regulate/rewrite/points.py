@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from ..errors import BlockCallError
 from ..utils.classes import Forward, Part, become, leave
+from ..utils.paths import module_at
 from .carrier import Chain, Frame, Place, frame_of, pass_read, pass_write
 from .inside import frame_again, keep
 from .lookup import POINTS, Point
@@ -58,15 +59,12 @@ def _passed(call: Forward, point: Point, frame: Frame, args: tuple[Any, ...], kw
 def check_points(block: nn.Module, place: Place) -> None:
     """Make sure that the modules at the points know it: another tool may have put its own in their place."""
     for path in {place.read, place.write}:
-        module = block
-        for name in path.split("."):
-            child = module._modules.get(name)
-            if child is None:
-                raise BlockCallError(
-                    f"block {place.index} of {place.chain.name} reads and writes its memory at {path}, which is gone; "
-                    "call unregulate(model) before modules of a regulated block are removed"
-                )
-            module = child
+        module = module_at(block, path)
+        if module is None:
+            raise BlockCallError(
+                f"block {place.index} of {place.chain.name} reads and writes its memory at {path}, which is gone; "
+                "call unregulate(model) before modules of a regulated block are removed"
+            )
         if not any(point.place is place for point in module.__dict__.get(POINTS, ())):
             _adopt(module, place, path)
 

@@ -16,6 +16,7 @@ from .._compat.operators import tree_leaves
 from ..errors import BlockCallError
 from ..nn.hiding import HidesRegulator
 from ..utils.classes import Forward, Part, leave
+from ..utils.paths import module_at
 from .carrier import (
     STACK,
     Frame,
@@ -70,9 +71,7 @@ def _begun(place: Place) -> Memory | None:
         return None
     stages = zip(vars(scope.owner)[RECORD].stages, scope.chains, strict=True)
     name = next(stage.blocks[0].name for stage, of in stages if of is place.chain)
-    first: nn.Module | None = scope.owner
-    for part in name.split("."):
-        first = None if first is None else first._modules.get(part)
+    first = module_at(scope.owner, name)
     cell = None if first is None else getattr(first._modules.get("regulator"), "cell", None)
     if first is None or cell is None:
         raise BlockCallError(

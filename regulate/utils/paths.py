@@ -5,6 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from torch import nn
+
+
+def module_at(module: nn.Module | None, path: str) -> nn.Module | None:
+    """Return a module below another one, None where there is none: `get_submodule` raises, and asks `__getattr__`."""
+    for name in path.split("."):
+        module = None if module is None else module._modules.get(name)
+    return module
+
 
 def join(root: str, path: str) -> str:
     """Return a path below a root, either of which may be empty."""
