@@ -96,10 +96,8 @@ def _state_dict(path: str) -> Mapping[str, Tensor]:
         found: Any = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # whatever a parser makes of bytes that anyone may have written
         raise CheckpointError(f"{path} holds no weights that can be read: {first_line(error)}") from error
-    for key in _NESTED:
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-            break
+    nested = (found[key] for key in _NESTED if isinstance(found, Mapping) and isinstance(found.get(key), Mapping))
+    found = next(nested, found)
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise CheckpointError(f"{path} holds no state dict; store model.state_dict(), or call regulate.save")
     return {key.removeprefix("module."): value for key, value in found.items()}
