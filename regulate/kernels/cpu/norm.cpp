@@ -51,13 +51,6 @@ INLINE void vectors(const Shape& map, const Task& task, const Piece& piece, Body
   }
 }
 
-INLINE vec part(const float* p, int64_t wide) {
-  if (wide == LANES) return load(p);
-  vec v = vec{};
-  for (int64_t lane = 0; lane < wide; ++lane) v[lane] = p[lane];
-  return v;
-}
-
 INLINE void put(float* p, vec v, int64_t wide) {
   if (wide == LANES) store(p, v);
   else for (int64_t lane = 0; lane < wide; ++lane) p[lane] = v[lane];
@@ -104,10 +97,8 @@ void moments(const Shape& map, const Task& task, const float* x, const Sums& sum
     }
     seen += count;
   });
-  for (int64_t lane = 0; lane < task.wide; ++lane) {
-    sums.row(0, task.chunk)[task.first + lane] = mean[lane];
-    sums.row(1, task.chunk)[task.first + lane] = deviation[lane];
-  }
+  std::copy_n(mean, task.wide, sums.row(0, task.chunk) + task.first);
+  std::copy_n(deviation, task.wide, sums.row(1, task.chunk) + task.first);
 }
 
 // What the rows of `stats` hold, C values each.
@@ -172,10 +163,8 @@ void gradient_sums(const Shape& map, const Task& task, const float* x, const flo
     add(map, task, of_d, s);
     add(map, task, of_dx, p);
   });
-  for (int64_t lane = 0; lane < task.wide; ++lane) {
-    sums.row(0, task.chunk)[task.first + lane] = of_d[lane];
-    sums.row(1, task.chunk)[task.first + lane] = of_dx[lane];
-  }
+  std::copy_n(of_d, task.wide, sums.row(0, task.chunk) + task.first);
+  std::copy_n(of_dx, task.wide, sums.row(1, task.chunk) + task.first);
 }
 
 // dx = scale * (d - mean of d - normalised x * mean of (d * normalised x)).

@@ -36,11 +36,8 @@ INLINE void tasks(const Shape& s, Visit visit) {
 
 // The values of one parameter, `apart` per channel: the same for all lanes of a vector, or one for each.
 INLINE vec take(const float* values, int64_t apart, const Shape& s, const Task& task) {
-  if (!s.last) return broadcast(values[task.first * apart]);
-  if (apart == 1 && task.wide == LANES) return load(values + task.first);
-  vec v = vec{};
-  for (int64_t lane = 0; lane < task.wide; ++lane) v[lane] = values[(task.first + lane) * apart];
-  return v;
+  const float* first = values + task.first * apart;
+  return s.last ? part(first, task.wide, apart) : broadcast(*first);
 }
 
 INLINE void give(float* values, vec v, int64_t apart, const Shape& s, const Task& task) {

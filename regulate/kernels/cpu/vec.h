@@ -45,6 +45,14 @@ INLINE vec load(const float* p) { return *(const loose*)p; }
 INLINE void store(float* p, vec v) { *(loose*)p = v; }
 INLINE vec broadcast(float v) { return vec{} + v; }
 
+// The first `wide` lanes from values that lie `apart`, zeros in the others.
+INLINE vec part(const float* p, int64_t wide, int64_t apart = 1) {
+  if (apart == 1 && wide == LANES) return load(p);
+  vec v = vec{};
+  for (int64_t lane = 0; lane < wide; ++lane) v[lane] = p[lane * apart];
+  return v;
+}
+
 // v in a register, for several uses: compilers would rather read it again as an operand of each, and reading is dear.
 INLINE vec kept(vec v) {
 #if defined(__AVX512F__)
