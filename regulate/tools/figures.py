@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -54,22 +53,15 @@ def draw(
     return [path for name, figure in figures.items() for path in _saved(figure, folder / name)]
 
 
-def _pyplot() -> Any:
+def _subplots(*grid: int, figsize: tuple[float, float], **options: Any) -> Any:
+    """Return a figure and its axes. Not by pyplot, which keeps figures and may open windows for them."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         missing = "figures need matplotlib: pip install 'torch-regulate[inspect]'"
         raise ModuleNotFoundError(missing, name="matplotlib") from error
-    if "matplotlib.pyplot" not in sys.modules:  # else whoever imported it has chosen where it draws
-        matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _subplots(*grid: int, **options: Any) -> Any:
-    """Return a figure and its axes."""
-    return _pyplot().subplots(*grid, layout="constrained", **options)
+    figure = Figure(figsize=figsize, layout="constrained")
+    return figure, figure.subplots(*grid, **options)
 
 
 def _maps(steps: list[Step], plain: dict[str, Tensor], image: Tensor) -> Any:
@@ -182,10 +174,9 @@ def _accuracy(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Any:
 
 
 def _saved(figure: Any, path: Path) -> list[Path]:
-    """Write a figure as PNG and as SVG, and close it."""
+    """Write a figure as PNG and as SVG."""
     paths = [path.parent / f"{path.name}.png", path.parent / f"{path.name}.svg"]
     figure.savefig(paths[0], dpi=110)
     # Without a date: the same figure is the same file.
     figure.savefig(paths[1], metadata={"Date": None})
-    _pyplot().close(figure)
     return paths
