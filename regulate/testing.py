@@ -176,13 +176,17 @@ def _without_gradient(model: nn.Module, inputs: tuple[Any, ...], steps: int = 3)
     dead: list[str] = []
     for _ in range(steps):
         optimizer.zero_grad()
-        outputs = tree_leaves(_run(model, inputs, True))
-        loss = sum(y.float().square().mean() for y in outputs if isinstance(y, Tensor) and y.requires_grad)
-        loss.backward()  # type: ignore[union-attr]
+        loss_of(_run(model, inputs, True)).backward()  # type: ignore[no-untyped-call]
         dead = [name for name, grad in _new_gradients(model) if grad is None or not _is_alive(grad)]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return dead
+
+
+def loss_of(outputs: Any) -> Tensor:
+    """Return some number of every tensor in a model's outputs that has a gradient."""
+    found = (y for y in tree_leaves(outputs) if isinstance(y, Tensor) and y.requires_grad)
+    return sum((y.float().square().mean() for y in found), torch.zeros(()))
 
 
 def _is_alive(grad: Tensor) -> bool:

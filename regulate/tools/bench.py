@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import RegulatorConfig, kernels, plan, regulate
+from ..testing import loss_of
 from . import progress
 from .machine import machine, resident_peak
 from .open_model import backbone_and_options, open_model
@@ -139,17 +140,11 @@ def step_of(model: nn.Module, setting: Setting, size: int) -> Callable[[], None]
     def training() -> None:
         optimizer.zero_grad()
         with mixed:
-            loss = _loss(run(images))
+            loss = loss_of(run(images))
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return training if setting.train else inference
-
-
-def _loss(out: Any) -> Tensor:
-    """Return some number of every tensor in a model's output."""
-    parts = out.values() if isinstance(out, Mapping) else out if isinstance(out, (tuple, list)) else ()
-    return sum((_loss(part) for part in parts), torch.zeros(())) if parts else out.float().square().mean()
 
 
 def in_turn(steps: Mapping[str, Callable[[], None]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
