@@ -21,7 +21,7 @@ from ..utils.locks import one_at_a_time
 from ..utils.paths import is_inside, relative
 from .carrier import Chain, Place
 from .graph import install_in_graph, uninstall_from_graph
-from .lookup import PLACE, RECORD, Point, Record, chains, containers, place_of, regulated_blocks, renamed, whole
+from .lookup import PLACE, RECORD, Point, Record, chains, containers, regulated_blocks, renamed, whole
 from .points import Pointed, forget_points, mark
 from .wrapped import Block as RegulatedBlock
 from .wrapped import Container, release
@@ -155,7 +155,7 @@ def _clear(model: nn.Module, gone: Collection[Chain]) -> None:
     """Take the regulators of some chains out, and the roles from their blocks and points. In place."""
     for module in list(model.modules()):
         forget_points(module, gone)
-        place = place_of(module)
+        place = vars(module).get(PLACE)
         if place is not None and place.chain in gone:
             release(module, PLACE)
             module._modules.pop("regulator", None)

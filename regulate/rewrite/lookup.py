@@ -51,11 +51,6 @@ class Record:
     options: dict[str, Any]
 
 
-def place_of(module: nn.Module) -> Place | None:
-    """Return the place of a regulated block, None for any other module."""
-    return vars(module).get(PLACE)
-
-
 def containers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Record]]:
     """Yield path, module and record of everything in the model that runs regulated stages."""
     for path, module in model.named_modules():
@@ -66,7 +61,7 @@ def containers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Record]]:
 
 def regulated_blocks(model: nn.Module) -> Iterator[tuple[str, Place]]:
     """Yield path and place of every regulated block."""
-    return ((path, place) for path, module in model.named_modules() if (place := place_of(module)) is not None)
+    return ((path, place) for path, module in model.named_modules() if (place := vars(module).get(PLACE)))
 
 
 def chains(model: nn.Module) -> tuple[Chain, ...]:

@@ -104,13 +104,8 @@ def original(cls: type[nn.Module]) -> type[nn.Module]:
 def subclass(role: type[Part], own: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of a class for a role, one for each pair."""
     if (role, own) not in _made:
-        members: dict[str, Any] = {
-            "__module__": own.__module__,
-            "__qualname__": own.__qualname__,
-            "__doc__": own.__doc__,
-            "_regulate_role": role,
-            "_regulate_own": own,
-        }
+        members: dict[str, Any] = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
+        members |= {"_regulate_role": role, "_regulate_own": own}
         if role._regulate_run is not None:
             members["forward"] = _wrapping(own, role._regulate_run)
         members.update(role._regulate_members(own))
