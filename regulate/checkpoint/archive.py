@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +98,10 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any] | None, dict[str,
 
 def is_archive(path: str | os.PathLike[str]) -> bool:
     """Check whether `write` made a file; a damaged one counts if its header can be read."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return _KEY in (file.metadata() or {})
-    except Exception:  # whatever a parser makes of bytes that anyone may have written
-        return False
+    # Whatever a parser makes of bytes that anyone may have written.
+    with suppress(Exception), safe_open(path, framework="pt") as file:
+        return _KEY in (file.metadata() or {})
+    return False
 
 
 def _record(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any] | None:

@@ -99,11 +99,10 @@ class CifarResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         inputs = widths[0]
         for index, channels in enumerate(widths):
-            stage = []
-            for at in range(blocks):
-                stage.append(CifarBlock(inputs, channels, 2 if index and not at else 1, shortcut, reduction))
-                inputs = channels
-            self.add_module(f"layer{index + 1}", nn.Sequential(*stage))
+            first = CifarBlock(inputs, channels, 2 if index else 1, shortcut, reduction)
+            others = [CifarBlock(channels, channels, 1, shortcut, reduction) for _ in range(blocks - 1)]
+            self.add_module(f"layer{index + 1}", nn.Sequential(first, *others))
+            inputs = channels
         self.fc = nn.Linear(inputs, num_classes)
         self.stages = len(widths)
         for module in self.modules():
