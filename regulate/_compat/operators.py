@@ -99,3 +99,10 @@ def written(operator: Any, args: Any) -> list[torch.Tensor]:
     named = zip(schema.arguments, args, strict=False)
     held = [value for argument, value in named if argument.alias_info is not None and argument.alias_info.is_write]
     return [leaf for leaf in tree_leaves(held) if isinstance(leaf, torch.Tensor)]
+
+
+def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
+    """Return what a tensor lies on; None for one without storage, as a sparse one or one under torch.func."""
+    with suppress(RuntimeError, NotImplementedError):
+        return tensor.untyped_storage()
+    return None

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from .._compat.modules import Convolution
 from ..config import RegulatorConfig
@@ -19,7 +22,7 @@ from ..utils.paths import join
 from .dataflow import Dataflow, entering
 from .fidelity import checked, measure_trained
 from .home import door, home_of, unfit
-from .inputs import Inputs, Size, missing_arguments, recorded, shapes
+from .inputs import Inputs, Size, guessed, missing_arguments, recorded, shapes
 from .measure import Measured, measure
 from .provenance import has_running_statistics, is_norm, origin
 from .residual_blocks import Found, find
@@ -61,7 +64,7 @@ def survey(bare: nn.Module, config: RegulatorConfig, sizes: Sequence[Size], exam
     image: tuple[int, ...] = example.image[1:] if example else ()
     macs: int | None = 0
     known = recorded(bare, example) if example else {}
-    for root, made in traces(bare, known):
+    for root, made in traces(bare, known, partial(_images, sizes)):
         try:
             measured = _measured(bare.get_submodule(root), made, sizes, known.get(root))
         except Exception as error:
@@ -105,21 +108,35 @@ def _measured(module: nn.Module, made: Trace | str, sizes: Sequence[Size], known
             return measure(made, known)
         except Exception as error:
             raise ValueError(f"does not run on example_inputs=: {first_line(error)}") from error
+    if made.sized:
+        return measure(made, made.inputs)
     first = next((m for node in made.graph.nodes if isinstance(m := made.module(node), Convolution)), None)
     if first is None or not made.inputs.tensors:
-        raise ValueError(
-            "calls no convolution that can be seen; if that depends on its arguments, give example_inputs="
-        )
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+        raise ValueError("calls no convolution that can be seen; if that depends on arguments, give example_inputs=")
     failure = ""
-    for shape in shapes(first.in_channels, len(first.kernel_size), sizes):
-        inputs = made.inputs.replaced(lambda _, x: x.new_empty(shape, dtype=dtype))  # noqa: B023, called at once
+    for inputs in _filled(made.inputs, module, first, sizes):
         try:
             return measure(made, inputs)
         except Exception as error:
-            failure = failure or f"does not run on an image of {'x'.join(map(str, shape[1:]))}: {first_line(error)}"
+            shape = "x".join(map(str, inputs.image[1:]))
+            failure = failure or f"does not run on an image of {shape}: {first_line(error)}"
     # Other inputs do not help code that asks for numbers: a plan is made without arithmetic.
     raise ValueError(failure if "meta" in failure else f"{failure}; give input_size= or example_inputs=")
+
+
+def _images(sizes: Sequence[Size], module: nn.Module) -> Iterator[Inputs]:
+    """Yield images that a module may take, by the first convolution that it holds."""
+    first = next(filter(is_convolution, module.modules()), None)
+    if first is not None and not missing_arguments(module):
+        with suppress(ValueError):  # no size fits
+            yield from _filled(guessed(module), module, first, sizes)
+
+
+def _filled(inputs: Inputs, module: nn.Module, first: Any, sizes: Sequence[Size]) -> Iterator[Inputs]:
+    """Yield inputs with an image for each tensor, as the module's first convolution takes it."""
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    for shape in shapes(first.in_channels, len(first.kernel_size), sizes):
+        yield inputs.replaced(lambda _, x: x.new_empty(shape, dtype=dtype))  # noqa: B023, called at once
 
 
 def _blocks(flow: Dataflow, root: str, config: RegulatorConfig, trained: Measured | None) -> Iterator[Site | Skipped]:
@@ -137,13 +154,13 @@ def _blocks(flow: Dataflow, root: str, config: RegulatorConfig, trained: Measure
 def _fitted(
     flow: Dataflow, found: Found, root: str, home: str, config: RegulatorConfig, trained: Measured | None
 ) -> Site | str:
-    read, write = (entering(node) for node in found.points)
-    read_shape, write_shape = flow.shape(read), flow.shape(write)
+    read_shape, write_shape = (flow.shape(entering(node)) for node in found.points)
     if read_shape is None or write_shape is None or len(read_shape) != len(write_shape):
         return "its read or write point is no image-like tensor"
     pairs = [(read_shape[2:], write_shape[2:])]
-    if trained is not None and read.name in trained.shapes and write.name in trained.shapes:
-        pairs.append((trained.shapes[read.name][2:], trained.shapes[write.name][2:]))
+    entered = [_entering(trained, node) for node in found.points] if trained is not None else []
+    if entered and all(entered):
+        pairs.append((entered[0][2:], entered[1][2:]))
     steps = _steps(pairs)
     if steps is None:
         return f"the grids of its read and write points, {pairs[0][0]} and {pairs[0][1]}, differ by more than a stride"
@@ -151,7 +168,7 @@ def _fitted(
     dtype = next(p.dtype for p in last.parameters() if p.dim() > 1)
     if not dtype.is_floating_point:
         return f"its convolutions are of {dtype}, and a regulator computes in real floating-point numbers"
-    known = origin(flow, write, found.points[1])
+    known = origin(flow, entering(found.points[1]), found.points[1])
     block = Block(
         name=join(root, home),
         read=join(root, door(flow, found.points[0], home)),
@@ -166,6 +183,12 @@ def _fitted(
         sources=tuple(_rooted(source, root) for source in known.sources),
     )
     return Site(block, write_shape[2:], dtype, found, flow, root)
+
+
+def _entering(measured: Measured, call: fx.Node) -> tuple[int, ...]:
+    """Return the shape of what enters a module that another trace calls; empty where this one does not call it."""
+    nodes = measured.traced.graph.find_nodes(op="call_module", target=call.target)
+    return measured.shapes.get(entering(nodes[0]).name, ()) if nodes else ()
 
 
 def _rooted(source: Source, root: str) -> Source:

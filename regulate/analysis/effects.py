@@ -7,6 +7,8 @@ another way in its next call than in the one that was looked at.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
 import pickle
 import random
@@ -26,6 +28,8 @@ from .._compat.modules import FX_CONSTANT
 _OWN = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
 _PLAIN = (int, float, bool, str, type(None))
 _CONTAINERS = (list, dict, set, deque)
+_CACHE = type(functools.lru_cache(len))
+_KEPT = (*_CONTAINERS, _CACHE)
 _GENERATORS = (random.Random, np.random.Generator, torch.Generator)
 
 
@@ -41,6 +45,7 @@ def put_back(model: nn.Module) -> Iterator[None]:
     spaces += [shared for cls in {type(module) for module in modules} for shared in _shared(cls)]
     values = [value for _, held in spaces for name, value in held.items() if name not in _OWN]
     containers = [(value, value.copy()) for value in values if type(value) in _CONTAINERS]
+    caches = [value for value in values if type(value) is _CACHE]
     generators = [(value, _mark(value)) for value in values if type(value) in _GENERATORS]
     gradients = torch.is_grad_enabled()
     try:
@@ -51,6 +56,8 @@ def put_back(model: nn.Module) -> Iterator[None]:
             _set(owner, held)
         for container, was in containers:
             _fill(container, was)
+        for cache in caches:
+            cache.cache_clear()
         for generator, state in generators:
             _rewind(generator, state)
 
@@ -91,17 +98,31 @@ def _rewind(generator: Any, state: Any) -> None:
 def _shared(cls: type) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yield the classes and globals that a module's code may write to, with what they hold that is of interest."""
     for base in cls.__mro__:
-        if not issubclass(base, nn.Module) or base.__module__.partition(".")[0] == "torch":
+        if not issubclass(base, nn.Module) or _is_torchs(base):
             continue
         yield base, _state(vars(base), vars(base))
-        for function in vars(base).values():
-            if isinstance(function, FunctionType):
-                yield function.__globals__, _state(function.__globals__, function.__code__.co_names)
+        yield from _reached(vars(base).values())
+
+
+def _reached(values: Iterable[Any]) -> Iterator[tuple[Any, dict[Any, Any]]]:
+    """Yield what functions hold, and those that they name: globals, defaults, and caches of functions."""
+    waiting = [value for value in values if isinstance(value, FunctionType)]
+    for function in waiting:  # which grows meanwhile
+        space = function.__globals__
+        yield space, _state(space, function.__code__.co_names)
+        yield {}, {str(at): value for at, value in enumerate(function.__defaults__ or ()) if type(value) in _CONTAINERS}
+        named: list[Any] = [space.get(name) for name in function.__code__.co_names]
+        inner = [inspect.unwrap(value) for value in named if type(value) in (FunctionType, _CACHE)]
+        waiting += [f for f in inner if isinstance(f, FunctionType) and not _is_torchs(f) and f not in waiting]
+
+
+def _is_torchs(named: Any) -> bool:
+    return str(named.__module__).partition(".")[0] == "torch"
 
 
 def _state(space: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     held = {name: space[name] for name in names if name in space and not name.startswith("__")}
-    return {name: value for name, value in held.items() if isinstance(value, _PLAIN) or type(value) in _CONTAINERS}
+    return {name: value for name, value in held.items() if isinstance(value, _PLAIN) or type(value) in _KEPT}
 
 
 def _set(owner: Any, held: Mapping[str, Any]) -> None:

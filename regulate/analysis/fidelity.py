@@ -136,11 +136,10 @@ def _disturbed(site: Site, ran: _Ran) -> str:
 
 def _location(site: Site) -> str:
     """File and line of a block's forward, where there is a text of it."""
-    try:
+    with suppress(AttributeError):
         code = inspect.unwrap(type(site.flow.traced.root.get_submodule(_home(site))).forward).__code__
-    except AttributeError:
-        return ""
-    return f"({code.co_filename}:{code.co_firstlineno})"
+        return f"({code.co_filename}:{code.co_firstlineno})"
+    return ""
 
 
 def measure_trained(measured: Measured) -> Measured | None:
@@ -149,7 +148,7 @@ def measure_trained(measured: Measured) -> Measured | None:
     with in_mode(made.root, True), torch.enable_grad():
         for tried in (inputs.odd() or inputs, inputs):
             with suppress(Exception):
-                return measure(made, tried)
+                return measure(trace(made.root, tried, sized=True) if made.sized else made, tried)
     return None
 
 
@@ -162,14 +161,15 @@ def _trained(sites: Sequence[Site], measured: Measured | None) -> _Ran | None:
             ran = _run(sites, measured)
         except Exception:
             return None
-        differing = [site for site in sites if not agree(measured, ran.seen, _home(site))]
+        # A sized trace was made anew, in train mode, and may hold another activation.
+        differing = [site for site in sites if measured.traced.sized or not agree(measured, ran.seen, _home(site))]
         return replace(ran, doubtful=_unexplained(differing, measured) if differing else set())
 
 
 def _unexplained(differing: Sequence[Site], before: Measured) -> set[str]:
     """Those that differ from a trace made in train mode as well, or whose activation is another one there."""
     try:
-        again = trace(before.traced.root, before.traced.inputs)
+        again = trace(before.traced.root, before.traced.inputs, before.traced.sized)
         measured = measure(again, before.inputs)
         seen = observe(measured, (), [_home(site) for site in differing])
     except Exception:

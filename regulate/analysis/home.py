@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 
-from torch import fx
+from torch import fx, nn
 
 from ..utils.paths import common_prefix, is_inside, join
 from .dataflow import Dataflow, entering
@@ -64,7 +64,9 @@ def door(flow: Dataflow, conv: fx.Node, home: str) -> str:
     for depth in range(len(home.split(".")) + 1, len(parts)):
         outer = ".".join(parts[:depth])
         calls = flow.traced.calls.get(outer, [])
-        if len(calls) == 1 and calls[0] and calls[0][0] is entering(conv):
+        # Whoever asks for more than a map's size sees the one that came, not the fused one.
+        is_asked = flow.traced.sized and type(flow.traced.root.get_submodule(outer)) is not nn.Sequential
+        if not is_asked and len(calls) == 1 and calls[0] and calls[0][0] is entering(conv):
             return outer
     return path
 

@@ -149,15 +149,14 @@ def example(model: nn.Module, given: Any) -> Inputs | None:
     """
     if given is None:
         return None
-    args, kwargs = _arguments(given)
-    inputs = Inputs(args, kwargs).replaced(lambda _, tensor: tensor.detach().to("meta"))
+    inputs = Inputs(*_arguments(given)).replaced(lambda _, tensor: tensor.detach().to("meta"))
     if not inputs.image:
         raise TypeError(
             "example_inputs are the arguments of the model's forward: a tensor, a tuple of arguments, a dict of them "
             f"by name, or a pair (tuple, dict), with a map (N, C, H, W) among them; got {_shown(given)}"
         )
     try:
-        inspect.signature(model.forward).bind(*args, **kwargs)
+        inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs)
     except TypeError as error:
         raise TypeError(
             f"example_inputs are the arguments of {type(model).__name__}.forward, which does not take them: {error}; "

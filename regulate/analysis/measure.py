@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .._compat.operators import SEES_OPERATORS, DispatchMode, flops, is_pure, tree_leaves, tree_map, written
+from .._compat.operators import SEES_OPERATORS, DispatchMode, flops, is_pure, storage_of, tree_leaves, tree_map, written
 from ..utils.modes import fixed_random_state
 from ..utils.paths import is_inside
 from .effects import put_back
 from .inputs import Inputs
+from .symbols import Runner
 from .trace import Trace
 
 Shapes = dict[str, Any]
@@ -95,7 +96,8 @@ class Log(DispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        held = self._held((*args, *kwargs.values()))
+        overwritten = {id(tensor) for tensor in written(function, args)}  # which may never have been filled
+        held = self._held([one for one in (*args, *kwargs.values()) if id(one) not in overwritten])
         try:
             result = function(*args, **kwargs)
         except RuntimeError:
@@ -120,11 +122,11 @@ class Log(DispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _reach(self, tensor: Tensor) -> None:
-        if (storage := _storage(tensor)) is not None:
+        if (storage := storage_of(tensor)) is not None:
             setattr(storage, _REACHED, self.run)
 
     def _is_reached(self, tensor: Tensor) -> bool:
-        storage = _storage(tensor)
+        storage = storage_of(tensor)
         return storage is None or getattr(storage, _REACHED, None) is self.run
 
     def _held(self, inputs: Sequence[Any]) -> list[Any]:
@@ -145,7 +147,7 @@ class Log(DispatchMode):  # type: ignore[no-untyped-call]
         entries.append(f"{what}{map_shapes(tensors)}{numbers}")
 
 
-class _Interpreter(fx.Interpreter):
+class _Interpreter(Runner):
     """Runs a trace and notes each node's shape, and tensors that changed between their node and its user."""
 
     def __init__(self, traced: Trace, log: Log) -> None:
@@ -166,11 +168,6 @@ class _Interpreter(fx.Interpreter):
         elif isinstance(value, tuple | list) and any(isinstance(part, Tensor) for part in value):
             self.shapes[n.name] = "tuple"
         return value
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = super().get_attr(target, args, kwargs)
-        # A constant tensor of the code is a real one in the trace.
-        return value.to("meta") if isinstance(value, Tensor) and value.dim() else value
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         self.log.note(target, (args, kwargs))
@@ -210,17 +207,9 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [tree] if isinstance(tree, Tensor) else [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
-    """Return what a tensor lies on; None for a sparse one."""
-    try:
-        return tensor.untyped_storage()
-    except (RuntimeError, NotImplementedError):
-        return None
-
-
 def _content(tensor: Tensor) -> tuple[Any, ...]:
     """Return what changes with a tensor's values, or with what it lies on."""
-    storage = _storage(tensor)
+    storage = storage_of(tensor)
     return tensor._version, getattr(storage, _WRITES, 0), storage
 
 

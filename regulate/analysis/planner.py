@@ -102,7 +102,8 @@ def _next_step(bare: nn.Module, config: RegulatorConfig, tried: Sequence[Size], 
             path = join(at, name)
             if not holds_convolution(child):
                 continue
-            if type(child).forward is not nn.Module.forward and survey(child, config, tried).sites:
+            has_forward = type(child).forward is not nn.Module.forward
+            if has_forward and any(len(run) > 1 for run in _chains(survey(child, config, tried).sites)):
                 code = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", f"model.{path}")
                 return f"; its part {path} can be regulated alone: {code} = regulate({code})"
             waiting.append(path)

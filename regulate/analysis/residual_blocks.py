@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from .dataflow import Dataflow, entering
+from .symbols import assigned
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
@@ -108,14 +109,14 @@ def _way(flow: Dataflow, fork: fx.Node, shortcut: fx.Node, end: fx.Node) -> _Way
 
 
 def _lineage(flow: Dataflow, fork: fx.Node) -> Iterator[fx.Node]:
-    """Return the dominators of a fork, upwards; where one is a concatenation, what its parts went through as well.
+    """Return the dominators of a fork, upwards; where one is put together of parts, what these went through as well.
 
     The addition of a dual path block does not dominate the next block, because the dense path goes around
-    it, but its result is a part of the concatenation that does.
+    it, but its result is a part of the concatenation that does. An assignment to some channels puts together, too.
     """
     for node in flow.chain(fork):
         yield node
-        if node.target in (torch.cat, torch.concat):
+        if node.target in (torch.cat, torch.concat, assigned):
             parts = {above for part in flow.parents[node] for above in flow.chain(part)}
             parts -= set(flow.chain(flow.over[node]))
             yield from (above for above in reversed(flow.parents) if above in parts)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._compat.autograd import after_backward, in_backward, running_node_number, saving_hooks, sequence_number
+from .._compat.operators import storage_of
 from .carrier import Memory, Place, first_tensor
 
 _NOTES = "_regulate_notes"
@@ -78,7 +79,4 @@ def forget_after_backward(memory: Memory) -> None:
 def _storage(args: Any) -> Any:
     """Return the storage of a block's first tensor."""
     first = first_tensor(args)
-    try:
-        return None if first is None else first.untyped_storage()
-    except (RuntimeError, NotImplementedError):  # tensors without one, as under torch.func
-        return None
+    return None if first is None else storage_of(first)

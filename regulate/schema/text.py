@@ -37,6 +37,4 @@ def located(error: Exception) -> str:
     passed = traceback.extract_tb(error.__traceback__)
     frames = [f for f in passed if not f.filename.startswith((own, "<")) and "torch" not in Path(f.filename).parts]
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    if any(Path(frame.filename).parts[-3:] == ("torch", "utils", "checkpoint.py") for frame in passed):
-        return f"a symbol cannot be checkpointed{place}; switch its gradient checkpointing off, and on again afterwards"
     return first_line(error) + place

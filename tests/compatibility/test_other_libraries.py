@@ -117,3 +117,16 @@ def test_diffusers_without_example_inputs():
         NoBlocksError, match=r"UNet2DModel: its forward needs timestep beside sample; give example_inputs="
     ):
         regulate(unet(pytest.importorskip("diffusers")))
+
+
+def test_ultralytics():
+    """A list of chunks that grows block by block."""
+    tasks = pytest.importorskip("ultralytics.nn.tasks")
+    works_whole(tasks.ClassificationModel("yolov8n-cls.yaml", verbose=False), X, blocks=4)
+
+
+def test_denoising_diffusion():
+    """Blocks behind code that unpacks shapes, through einops as well."""
+    kind = pytest.importorskip("denoising_diffusion_pytorch").Unet
+    example = (X[..., :32, :32], torch.tensor([1, 2, 3, 4]))
+    works_whole(kind(dim=16, dim_mults=(1, 2)), *example, blocks=11, example_inputs=example)
