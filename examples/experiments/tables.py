@@ -99,7 +99,8 @@ def _beside(arm: Sequence[Report], reference: Sequence[Report], starts: int) -> 
     found = difference(arm, reference, starts)
     if found is None:
         return ["", "", ""]
-    return [str(found), "" if found.p is None else f"{found.p:.3f}", f"{found.better} of {found.pairs}"]
+    p = "" if found.p is None else f"{found.p:.3f}" if found.p >= 0.0005 else "< 0.001"
+    return [str(found), p, f"{found.better} of {found.pairs}"]
 
 
 def comparisons(runs: Runs, references: Sequence[str]) -> int:
