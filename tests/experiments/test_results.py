@@ -87,7 +87,7 @@ def test_the_other_sentences_are_too(name, arm, reference, chance):
     if name == "retrofit":
         assert f"{sum(map(len, runs.values()))} of the 30 runs" in flat
     if name != "scratch":
-        assert f"{found.p:.3f}" in flat
+        assert (f"{found}, p = {found.p:.3f}" if name.startswith("transfer") else f"{found.p:.3f}") in flat
     if name != "scratch" and "frozen" not in arm:  # whose seconds are of another machine
         assert f"{tables._seconds(runs[arm]) / tables._seconds(runs['plain']):.1f} times" in flat
 
