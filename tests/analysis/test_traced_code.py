@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from regulate import NoBlocksError, plan, regulate
+from regulate import BlockCallError, NoBlocksError, plan, regulate
 
 from .odd_networks import Listed, Plain, X, assert_same, of, outputs
 
@@ -86,16 +86,34 @@ def cached(grid):
     return torch.ones(grid)
 
 
+class Kept:
+    """An object of another class, which is not looked into: its keys name the device."""
+
+    def __init__(self):
+        self.ones = {}
+
+    def __call__(self, grid, device):
+        return self.ones.setdefault((grid, device), torch.ones(grid, device=device))
+
+
+KEPT = Kept()
+
+
 class Bias(nn.Module):
     def __init__(self, ones):
         super().__init__()
         self.ones = ones
 
     def forward(self, x):
+        if self.ones == 3:
+            return x + KEPT(tuple(x.shape[2:]), x.device)
         return x + (helper if self.ones == 0 else default if self.ones == 1 else cached)(tuple(x.shape[2:]))
 
 
-@pytest.mark.parametrize("where", [0, 1, 2], ids=["what a function names", "a default", "a cache of a function"])
+PLACES = ["what a function names", "a default", "a cache of a function", "an object whose keys name the device"]
+
+
+@pytest.mark.parametrize("where", range(4), ids=PLACES)
 def test_what_is_kept_between_calls_holds_no_weightless_tensor(where):
     class Biased(Asking):
         def __init__(self):
@@ -188,6 +206,22 @@ def test_blocks_follow_each_other_through_an_assignment():
     assert len(plan(model).stages) == 1
     assert len(plan(model).blocks) == 3
     assert torch.equal(outputs(model, x=X), outputs(regulate(model), x=X))
+
+
+class Twice(Asking):
+    """Runs its second convolution once more in small maps, which a plan at 224 pixels does not see."""
+
+    def middle(self, y):
+        return self.act(self.conv2(y)) if y.shape[-1] < 20 else y
+
+
+def test_a_write_point_that_is_passed_twice_at_another_size_is_an_error():
+    model = of(Twice)
+    regulated = regulate(model)
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(outputs(model, x=x), outputs(regulated, x=x))
+    with pytest.raises(BlockCallError, match="twice in one forward pass"):
+        outputs(regulated)
 
 
 def test_the_reason_is_of_what_is_left_when_sizes_are_at_hand():
