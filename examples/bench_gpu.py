@@ -121,7 +121,7 @@ def forms(device: str, shapes: tuple[tuple[int, ...], ...], types: Any, rounds: 
         steps = {name: step_in(form, "lstm", maps, late) for name, (form, late) in wanted.items()}
         if device == "cuda":
             steps["written out, compiled"] = step_in("reference", "lstm", maps, True)
-        times = bench.in_turn(steps, rounds, device)
+        times = bench.in_turn(steps, rounds)
         median = {name: statistics.median(own) for name, own in times.items()}
         found.append({"shape": shape, "type": str(dtype), "seconds": median})
     return {"steps": found}

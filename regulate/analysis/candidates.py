@@ -27,7 +27,7 @@ from .measure import Measured, measure
 from .provenance import has_running_statistics, is_norm, origin
 from .residual_blocks import Found, find
 from .site import Site
-from .trace import Trace, holds_convolution, is_convolution, traces
+from .trace import Trace, holds_convolution, is_convolution, trace, traces
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,13 @@ def _measured(module: nn.Module, made: Trace | str, sizes: Sequence[Size], known
     Raises:
         ValueError: there is no trace but a reason, or it runs on no inputs; the message is the reason.
     """
-    missing = "" if known else missing_arguments(module)
-    if missing:
+    if not known and (missing := missing_arguments(module)):
         raise ValueError(missing)
     if isinstance(made, str):
         raise ValueError(f"cannot be traced as a whole: {made}")
     if known is not None:
         try:
-            return measure(made, known)
+            return _run(made, known)
         except Exception as error:
             raise ValueError(f"does not run on example_inputs=: {first_line(error)}") from error
     if made.sized:
@@ -116,12 +115,22 @@ def _measured(module: nn.Module, made: Trace | str, sizes: Sequence[Size], known
     failure = ""
     for inputs in _filled(made.inputs, module, first, sizes):
         try:
-            return measure(made, inputs)
+            return _run(made, inputs)
         except Exception as error:
             shape = "x".join(map(str, inputs.image[1:]))
             failure = failure or f"does not run on an image of {shape}: {first_line(error)}"
     # Other inputs do not help code that asks for numbers: a plan is made without arithmetic.
     raise ValueError(failure if "meta" in failure else f"{failure}; give input_size= or example_inputs=")
+
+
+def _run(made: Trace, inputs: Inputs) -> Measured:
+    """Run a trace; where that fails, one that knows what tensors are: a closed module may have returned None."""
+    try:
+        return measure(made, inputs)
+    except Exception:
+        with suppress(Exception):
+            return measure(trace(made.root, inputs, sized=True), inputs)
+        raise
 
 
 def _images(sizes: Sequence[Size], module: nn.Module) -> Iterator[Inputs]:
@@ -199,15 +208,21 @@ def _rooted(source: Source, root: str) -> Source:
 
 def _steps(pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> tuple[tuple[int, ...], bool] | None:
     """Return the stride per axis that turns every read grid into its write grid, and whether it takes a cut."""
-    read, write = pairs[0]
-    stride = tuple(max(1, round(r / w)) for r, w in zip(read, write, strict=True))
-    crop = False
-    for read, write in pairs:
-        for r, w, s in zip(read, write, stride, strict=True):
-            if w not in (math.ceil(r / s), r // s):
-                return None
-            crop = crop or w != math.ceil(r / s)
-    return stride, crop
+    axes = list(zip(*(zip(*pair, strict=True) for pair in pairs), strict=True))
+    stride = tuple(map(_stride, axes))
+    if not all(stride):
+        return None
+    return stride, any(w != math.ceil(r / s) for s, axis in zip(stride, axes, strict=True) for r, w in axis)
+
+
+def _stride(axis: Sequence[tuple[int, int]]) -> int:
+    """Return the stride from read to write sizes, which rounds, or leaves out a border of one width; 0 if none does."""
+    most = max(1, round(axis[0][0] / axis[0][1]))
+    if all(w in (math.ceil(r / most), r // most) for r, w in axis):
+        return most
+    borders = {s: [r - s * w for r, w in axis] for s in range(most, 0, -1)}
+    spread = {s: max(of) - min(of) for s, of in borders.items() if min(of) > -s}
+    return min((s for s in spread if spread[s] <= 2 * (s - 1)), key=spread.__getitem__, default=0)
 
 
 def _norm(block: nn.Module, wish: str) -> Norm:

@@ -135,10 +135,12 @@ def _own_sizes(model: nn.Module) -> Iterator[Size]:
         card = getattr(module, "pretrained_cfg", None)
         known = card.get("input_size") if isinstance(card, Mapping) else getattr(card, "input_size", None)
         holders = (module, getattr(module, "config", None))
-        named = [getattr(holder, name, None) for holder in holders for name in _SIZE_NAMES]
-        for value in (known, *named):
+        values: list[Any] = [known, *(getattr(holder, name, None) for holder in holders for name in _SIZE_NAMES)]
+        for value in values:
             with suppress(TypeError, ValueError):
-                yield _size(value)
+                # (H, W, C), as Keras has it.
+                is_last = isinstance(value, tuple | list) and len(value) == 3 and value[2] in (1, 3)
+                yield _size((value[2], *value[:2]) if is_last else value)
 
 
 def example(model: nn.Module, given: Any) -> Inputs | None:

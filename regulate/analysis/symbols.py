@@ -73,20 +73,23 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "
 
 @contextmanager
 def symbols_are_tensors() -> Iterator[None]:
-    """Let `isinstance(x, Tensor)` and `torch.is_tensor(x)` hold for symbols, so that code takes a tensor's way.
+    """Let `isinstance(x, Tensor)`, `torch.is_tensor(x)` and `torch.as_tensor(x)` take symbols for tensors.
 
     Only where Python code asks. A symbol whose `__class__` says so would be unpacked as a tensor by torch's C code,
     where it stands for a size, and that kills the process.
     """
-    original = builtins.isinstance
+    original, converted = builtins.isinstance, torch.as_tensor
 
     def asked(value: Any, kind: Any) -> bool:
         if type(value) is Symbol and Tensor in (kind if type(kind) is tuple else getattr(kind, "__args__", (kind,))):
             return True
         return original(value, kind)
 
-    builtins.isinstance = asked  # type: ignore[assignment]
+    def as_tensor(data: Any, *args: Any, **kwargs: Any) -> Any:
+        return data.to(*args, **kwargs) if type(data) is Symbol else converted(data, *args, **kwargs)
+
+    builtins.isinstance, torch.as_tensor = asked, as_tensor  # type: ignore[assignment]
     try:
         yield
     finally:
-        builtins.isinstance = original
+        builtins.isinstance, torch.as_tensor = original, converted

@@ -165,13 +165,10 @@ def _fitting(cell: str, x: Tensor, state: tuple[Tensor, ...] | None, weights: Se
     """Return the shapes that the kernels count on; anything else is for torch to broadcast or to refuse."""
     if x.dim() != 4 or 0 in x.shape[2:] or (state is not None and len(state) != (2 if cell == "lstm" else 1)):
         return False
-    rows = gates * x.shape[1]
-    total = [sum(part.shape[0] for part in weights[kind::3]) for kind in range(3)]
-    tails = [tuple(part.shape[1:]) for part in weights]
-    return (
-        total == [rows, rows, rows]
-        and all(tail == ((2, 1, 1), (1, 3, 3), ())[i % 3] for i, tail in enumerate(tails))
-        and all(part.shape == x.shape for part in state or ())
+    rows, kinds = gates * x.shape[1], enumerate(((2, 1, 1), (1, 3, 3), ()))
+    return all(part.shape == x.shape for part in state or ()) and all(
+        sum(len(part) for part in weights[kind::3]) == rows and all(part.shape[1:] == tail for part in weights[kind::3])
+        for kind, tail in kinds
     )
 
 

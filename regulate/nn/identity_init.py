@@ -25,9 +25,6 @@ from .._compat.modules import BatchNorm
 from ..schema.values import Source
 from .regulator import Fusion
 
-_POINTS = 801
-_REACH = 8.0
-
 
 def moments(model: nn.Module, sources: Sequence[Source], width: int) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel of a map, from the norms that made it.
@@ -102,7 +99,7 @@ def quadrature_moments(activation: Callable[[Tensor], Tensor], center: Tensor, s
         center: (C,), float64.
         sigma: (C,), float64, not negative.
     """
-    at = torch.linspace(-_REACH, _REACH, _POINTS, dtype=torch.float64)
+    at = torch.linspace(-8.0, 8.0, 801, dtype=torch.float64)
     share = torch.exp(-0.5 * at**2)
     share = (share / share.sum())[:, None]
     with torch.no_grad():

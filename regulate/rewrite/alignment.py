@@ -13,11 +13,16 @@ from ..kernels.reference import State
 
 
 def aligned(read: Any, x: Any, stride: tuple[int, ...], crop: bool) -> Any:
-    """Bring the read map to the write grid: every s-th position, as the original ResNet's stride computes."""
+    """Bring the read map to the write grid: every s-th position, as the original ResNet's stride computes.
+
+    With `crop` the middle of these: where a pool of the network rounds down, or its code pads the read map.
+    """
     if any(step > 1 for step in stride):
         read = read[(Ellipsis, *(slice(None, None, step) for step in stride))]
-    if crop:
-        read = read[(Ellipsis, *(slice(None, x.size(axis)) for axis in range(2, 2 + len(stride))))]
+    for axis in range(2, 2 + len(stride)) if crop else ():
+        if not _is_concrete(read) or read.size(axis) > x.size(axis):
+            start = (read.size(axis) - x.size(axis)) // 2
+            read = read[(slice(None),) * axis + (slice(start, start + x.size(axis)),)]
     if _is_concrete(read) and read.shape[2:] != x.shape[2:]:
         # At a size whose grids part by more than the planned stride.
         read = F.interpolate(read, size=x.shape[2:])

@@ -25,7 +25,7 @@ class Block:
         read_width: channels of the map at the read point, N.
         write_width: channels of the map at the write point, M.
         stride: for each spatial axis, how much finer the read grid is than the write grid.
-        crop: whether the subsampled map must be cut to the write grid (poolings that round down).
+        crop: whether the middle of the subsampled map is taken: a pool rounds down, or code pads.
         dims: number of spatial axes.
         activation: what the fusion applies, see `Fusion`.
         norm: the norm of what is new.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.benchmark import timer
 
 from .. import RegulatorConfig, kernels, plan, regulate
 from ..testing import loss_of
@@ -85,7 +85,7 @@ def measure(setting: Setting) -> dict[str, Any]:
         networks |= {stage.name: replace(config, stages=(stage.name,)) for stage in drawn.stages}
     size = drawn.input_size[-1]
     steps = {name: step(setting, one, size) for name, one in networks.items()}
-    seconds = {name: statistics.median(own) for name, own in in_turn(steps, setting.rounds, setting.device).items()}
+    seconds = {name: statistics.median(own) for name, own in in_turn(steps, setting.rounds).items()}
     with progress.working("measuring memory, in processes of their own"):
         peaks = {name: peak_bytes(setting, networks[name], size) for name in (PLAIN, REGULATED)}
     return {
@@ -147,33 +147,18 @@ def step_of(model: nn.Module, setting: Setting, size: int) -> Callable[[], None]
     return training if setting.train else inference
 
 
-def in_turn(steps: Mapping[str, Callable[[], None]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
+def in_turn(steps: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each step, one after the other, `rounds` times; two rounds before that are not counted."""
     found: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 2):
         progress.step("measuring, round", turn + 1, rounds + 2)
         for name, run in steps.items():
-            seconds = _on_gpu(run) if device == "cuda" else _on_cpu(run)
+            start = timer()  # which waits for a GPU
+            run()
             if turn >= 2:
-                found[name].append(seconds)
+                found[name].append(timer() - start)
     progress.erase()
     return found
-
-
-def _on_cpu(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def _on_gpu(run: Callable[[], None]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize()
-    start.record()  # type: ignore[no-untyped-call]
-    run()
-    end.record()  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize()
-    return float(start.elapsed_time(end)) / 1e3  # type: ignore[no-untyped-call]
 
 
 def peak_bytes(setting: Setting, config: RegulatorConfig | None, size: int) -> int | None:

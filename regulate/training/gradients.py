@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -33,17 +34,17 @@ class GradientWatch:
         self.steps, self.seen = steps, 0
         cells = {f"{path}.cell": part.cell for path, part in regulators(model) if hasattr(part, "cell")}
         self.silent = set(cells)
-        self.handles: list[Any] = [model.register_forward_pre_hook(self._count)]
+        self.hooks = ExitStack()
+        self.hooks.enter_context(model.register_forward_pre_hook(self._count))
         for path, cell in cells.items():
             for parameter in cell.parameters():  # type: ignore[operator, union-attr]
                 if parameter.requires_grad:
-                    self.handles.append(parameter.register_post_accumulate_grad_hook(partial(self._heard, path)))
+                    hook = parameter.register_post_accumulate_grad_hook(partial(self._heard, path))
+                    self.hooks.enter_context(hook)
 
     def remove(self) -> None:
         """Take the hooks away."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
+        self.hooks.close()
 
     def _heard(self, path: str, parameter: Tensor) -> None:
         if path in self.silent and parameter.grad is not None and bool(parameter.grad.any()):

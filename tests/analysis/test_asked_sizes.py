@@ -48,6 +48,19 @@ class Pair(nn.Module):
         return x, None
 
 
+class Unasked(Plain):
+    """A map and nothing, of a module that stays closed; a symbol is never None, and so the trace does not run."""
+
+    def __init__(self):
+        super().__init__()
+        self.pair = Pair()
+
+    def forward(self, x):
+        y, mask = self.pair(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x))))))
+        y = y if mask is None else y * mask
+        return self.act(x + y)
+
+
 class Masked(Plain):
     """A map and, of a module that stays closed, a mask or none."""
 
@@ -135,6 +148,8 @@ ASKING = {
     "assigned channels": middle(_interleaved),
     "a list of chunks": middle(_turned),
     "nothing": Masked,
+    "nothing, without a word": Unasked,
+    "a tensor of a tensor": late(lambda y, x: torch.as_tensor(x) + torch.as_tensor(y, dtype=torch.float64).float()),
     "a ramp": middle(lambda y: y * torch.linspace(1, 2, y.shape[-1]) + torch.arange(y.size(2))[:, None]),
 }
 

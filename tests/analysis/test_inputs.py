@@ -228,7 +228,13 @@ class Config:
 
 @pytest.mark.parametrize(
     "attributes",
-    [{"in_size": (32, 32)}, {"image_size": 32}, {"config": Config}, {"pretrained_cfg": {"input_size": (3, 32, 32)}}],
+    [
+        {"in_size": (32, 32)},
+        {"image_size": 32},
+        {"config": Config},
+        {"input_size": [32, 32, 3]},
+        {"pretrained_cfg": {"input_size": (3, 32, 32)}},
+    ],
 )
 def test_a_size_of_the_networks_own_is_taken(attributes):
     assert plan(Small(**attributes)).input_size == (3, 32, 32)

@@ -80,6 +80,25 @@ def test_pytorchcv(name, options):
     works_whole(model, X[..., :32, :32], blocks=9, **options)
 
 
+def test_pytorchcv_borders():
+    """Padding in front of convolutions."""
+    works_whole(pytest.importorskip("pytorchcv.model_provider").get_model("efficientnet_b0b"), X, blocks=7)
+
+
+def test_pytorchcv_nothing():
+    """Convolutions that return a map and None."""
+    model = pytest.importorskip("pytorchcv.model_provider").get_model("octresnet50b_ad2")
+    assert len(plan(model).blocks) == 2
+
+
+def test_pretrainedmodels():
+    """Its size ends in the channels, and it runs on no other one."""
+    kind = pytest.importorskip("pretrainedmodels.models.inceptionresnetv2").InceptionResNetV2
+    found = plan(kind(num_classes=5))
+    assert found.input_size == (3, 299, 299)
+    assert len(found.blocks) == 40
+
+
 def test_open_clip():
     kind = pytest.importorskip("open_clip.modified_resnet").ModifiedResNet
     model = kind([2, 2, 3, 2], 32, 4, image_size=64, width=16)
@@ -93,6 +112,18 @@ def test_monai(block):
     model = kind(block, [2, 2, 2, 2], [8, 16, 16, 16], spatial_dims=3, n_input_channels=1, num_classes=5)
     volume = X[:, :1, :24, :24, None].expand(4, 1, 24, 24, 16).contiguous()
     works_whole(model, volume, blocks=8, input_size=(1, 24, 24, 16))
+
+
+def test_monai_as_tensor():
+    """Blocks that call torch.as_tensor on what they put out."""
+    kind = pytest.importorskip("monai.networks.nets").HighResNet
+    volume = X[:, :1, :24, :24, None].expand(4, 1, 24, 24, 16).contiguous()
+    works_whole(kind(spatial_dims=3, out_channels=2), volume, blocks=9, example_inputs=volume)
+
+
+def test_monai_borders():
+    kind = pytest.importorskip("monai.networks.nets").EfficientNetBN
+    works_whole(kind("efficientnet-b0", pretrained=False, num_classes=5), X, blocks=7)
 
 
 def unet(diffusers):

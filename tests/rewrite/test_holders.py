@@ -278,17 +278,3 @@ def test_grids_that_round_down_are_cut():
     regulated = stir(regulate(model))
     for size in ((16, 16), (15, 17), (9, 8)):
         assert regulated(torch.randn(2, 3, *size)).shape == model(torch.randn(2, 3, *size)).shape
-
-
-def test_grids_that_differ_by_more_than_a_stride_are_left_alone():
-    class Valid(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv1, self.conv2, self.conv3 = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1)
-
-        def forward(self, x):
-            return x[..., 1:-1, 1:-1] + self.conv3(torch.relu(self.conv2(torch.relu(self.conv1(x)))))
-
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), Valid(), Valid())
-    with pytest.raises(ValueError, match="differ by more than a stride"):
-        regulate(model)
