@@ -100,6 +100,8 @@ def test_the_sentence_on_all_retrofits():
     runs = results.read_runs(EXPERIMENTS["retrofit"], RESULTS)
     flat = " ".join(PAGE.partition("## Registered")[0].split())
     assert f"{sum(map(len, runs.values()))} of the 30 runs" in flat
+    broken = sorted((run["top1"] for run in runs["lstm, residual, frozen"]), key=lambda top1: top1 > 80)
+    assert "ended at {:.2f} % (the others at {:.2f} and {:.2f})".format(*broken) in flat
     free = [f"{cell}, {fusion}" for cell in ("lstm", "gru") for fusion in ("paper", "residual")]
     apart = [tables.difference(runs[arm], runs["plain"]) for arm in free]
     assert f"no interval holds a gain above {max(one.high for one in apart):.2f}" in flat
