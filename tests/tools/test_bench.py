@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,12 @@ def test_the_networks_take_turns():
     found = in_turn({name: lambda name=name: order.append(name) for name in "ab"}, 3)
     assert "".join(order) == "ab" * 5
     assert {name: len(own) for name, own in found.items()} == {"a": 3, "b": 3}
+
+
+def test_a_step_takes_the_seconds_that_it_takes():
+    found = in_turn({"short": lambda: None, "long": lambda: time.sleep(0.05)}, 2)
+    assert all(0 <= seconds < 0.05 for seconds in found["short"])
+    assert all(0.05 <= seconds < 5 for seconds in found["long"])
 
 
 def test_figures_and_their_ratios():
