@@ -220,6 +220,7 @@ def _stride(axis: Sequence[tuple[int, int]]) -> int:
     most = max(1, round(axis[0][0] / axis[0][1]))
     if all(w in (math.ceil(r / most), r // most) for r, w in axis):
         return most
+    # A border is what is left over. Rounding makes it s - 1 wider or narrower; what lies below -s would be upsampling.
     borders = {s: [r - s * w for r, w in axis] for s in range(most, 0, -1)}
     spread = {s: max(of) - min(of) for s, of in borders.items() if min(of) > -s}
     return min((s for s in spread if spread[s] <= 2 * (s - 1)), key=spread.__getitem__, default=0)

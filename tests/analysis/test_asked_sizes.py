@@ -48,19 +48,6 @@ class Pair(nn.Module):
         return x, None
 
 
-class Unasked(Plain):
-    """A map and nothing, of a module that stays closed; a symbol is never None, and so the trace does not run."""
-
-    def __init__(self):
-        super().__init__()
-        self.pair = Pair()
-
-    def forward(self, x):
-        y, mask = self.pair(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x))))))
-        y = y if mask is None else y * mask
-        return self.act(x + y)
-
-
 class Masked(Plain):
     """A map and, of a module that stays closed, a mask or none."""
 
@@ -72,6 +59,15 @@ class Masked(Plain):
         y, mask = self.pair(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x))))))
         assert len(x)
         return self.act(x + y if mask is None else x - y)
+
+
+class Unasked(Masked):
+    """The same without a question; a symbol is never None, and so the trace is made, but does not run."""
+
+    def forward(self, x):
+        y, mask = self.pair(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x))))))
+        y = y if mask is None else y * mask
+        return self.act(x + y)
 
 
 def around(wrapper):
