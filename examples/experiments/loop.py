@@ -70,6 +70,8 @@ def epoch(run: Run, network: nn.Module, train: Any, job: Job, number: int) -> di
             loss = F.cross_entropy(logits, labels)
         run.optimizer.zero_grad()
         loss.backward()
+        if job.options.clip is not None:
+            nn.utils.clip_grad_norm_(run.model.parameters(), job.options.clip)
         run.optimizer.step()
         sums += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
         count += len(labels)

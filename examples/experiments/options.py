@@ -77,6 +77,7 @@ class Options:
     rate: float | None = None
     batch: int | None = None
     milestones: tuple[int, ...] | None = None
+    clip: float | None = None
     seed: int = 0
     amp: bool = False
     channels_last: bool = False
@@ -146,6 +147,7 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     add("--rate", type=float, help="learning rate")
     add("--batch", type=COUNT, help="of all processes together")
     add("--milestones", type=int, nargs="*", help="epochs after which the rate falls to a tenth")
+    add("--clip", type=float, help="largest norm of all gradients together; larger ones are scaled down to it")
     add("--seed", type=int)
     add("--amp", action="store_true", help="bfloat16 autocast")
     add("--channels-last", action="store_true")
@@ -171,6 +173,8 @@ def options_of(arguments: Sequence[str] | None = None, text: str | None = None) 
         values["milestones"] = tuple(values["milestones"])
     if values["model"] not in CIFAR_MODELS and not values["model"].startswith("timm/"):
         made.error(f"--model takes one of {', '.join(CIFAR_MODELS)}, or timm/NAME; got {values['model']!r}")
+    if values["clip"] is not None and not values["clip"] > 0:
+        made.error(f"--clip takes a number above 0, got {values['clip']}; leave it out to clip nothing")
     if values["cell"] == "none" and (values["stages"] or values["init"] or values["frozen"]):
         made.error("--stages, --init and --frozen are options of a regulator; give a --cell")
     return Options(**values)

@@ -14,6 +14,7 @@ import torch
 from matplotlib.image import imsave
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from regulate import kernels
@@ -131,6 +132,23 @@ def test_options_of_speed_run(tmp_path):
         assert expected in seen and (not expected[1] or seen == {expected})
 
 
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_gradients_are_clipped_where_asked(clip, tmp_path):
+    seen = []
+
+    def watch(optimizer, args, kwargs):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        seen.append(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item())
+
+    handle = register_optimizer_step_pre_hook(watch)
+    try:
+        report = run(tmp_path, "--epochs", "1", "--cell", "gru", *(("--clip", str(clip)) if clip else ()))
+    finally:
+        handle.remove()
+    assert report["options"]["clip"] == clip
+    assert max(seen) > 1 if clip is None else max(seen) == pytest.approx(0.5, abs=1e-4)
+
+
 @pytest.mark.parametrize("last", [False, True])
 def test_images_have_the_layout_of_the_weights(last, tmp_path):
     options = Options(channels_last=last)
@@ -181,6 +199,8 @@ def says(capsys, *arguments):
         (["--batch", "0"], "takes 1 or more"),
         (["--test-every", "0"], "takes 1 or more"),
         (["--workers", "-1"], "takes 0 or more"),
+        (["--clip", "0"], "takes a number above 0"),
+        (["--clip", "nan"], "takes a number above 0"),
     ],
 )
 def test_errors_are_one_line(arguments, word, capsys, tmp_path):
