@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.checkpoint import written
 from experiments.messages import EXPECTED, one_line
 from experiments.options import COUNT
 from experiments.plots import draw
@@ -23,8 +24,6 @@ from experiments.registry import EXPERIMENTS, Experiment, jobs
 from experiments.results import read_runs
 from experiments.runner import Folders, run_all
 from experiments.tables import renewed, table
-
-from regulate.checkpoint.archive import replaced
 
 
 def parser() -> argparse.ArgumentParser:
@@ -118,7 +117,7 @@ def tables(chosen: Sequence[Experiment], results: Path) -> int:
         if text is not None and f"<!-- {experiment.name}:" in text:
             text = renewed(text, experiment, results)
     if text is not None:
-        with replaced(page) as temporary:
+        with written(page) as temporary:
             temporary.write_text(text)
     return 0
 

@@ -4,6 +4,6 @@
 set -eu
 cd "$(dirname "$0")/.."
 VENV=${VENV:-.venv}
-[ -x "$VENV/bin/python" ] || python3 -m venv "$VENV"
+[ -x "$VENV/bin/pip" ] || python3 -m venv "$VENV"
 "$VENV/bin/pip" install --quiet --editable '.[examples]'
 exec "$VENV/bin/python" examples/upgrade_backbone.py "$@"

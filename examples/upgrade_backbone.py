@@ -14,13 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from experiments import batches
+from experiments import batches, record
+from experiments.checkpoint import NAME, Run, alone
 from experiments.data import Data
-from experiments.loop import Job, data_of, fit
+from experiments.loop import data_of, fit, keep_what_is_there
 from experiments.messages import EXPECTED, one_line
 from experiments.networks import build
 from experiments.options import COUNT, Options, at_least
 from experiments.place import Place, place
+from experiments.steps import DivergedError, Job
 from experiments.trials import NETWORKS, Trial, draw, summary, verdict, write
 from torch import Tensor, nn
 
@@ -36,6 +38,25 @@ def predictions(model: nn.Module, data: Data, job: Job) -> tuple[Tensor, Tensor]
         for x, y in batches.testing(data, job.options, job.at)
     ]
     return torch.cat([p for p, _ in pairs]), torch.cat([y for _, y in pairs])
+
+
+def fitted(model: nn.Module, data: Data, job: Job, start: str | None = None) -> Run:
+    """Train; of a network that diverges the message says which one it is."""
+    try:
+        return fit(model, data, job, start)
+    except DivergedError as error:
+        raise DivergedError(f"{job.options.name}: {error}") from error
+
+
+def begin(args: argparse.Namespace) -> None:
+    """Lose no epochs on a user's images; without --resume the digits begin anew, from nothing that was there."""
+    for seed in range(args.seeds):
+        for name in ("trained", *NETWORKS):
+            folder = args.out / f"seed-{seed}" / name
+            if args.data:
+                keep_what_is_there(folder, args.resume)
+            elif not args.resume:
+                (folder / NAME).unlink(missing_ok=True)
 
 
 def trial(args: argparse.Namespace, seed: int, at: Place) -> Trial:
@@ -61,29 +82,38 @@ def trial(args: argparse.Namespace, seed: int, at: Place) -> Trial:
     data = data_of(options)
     model = build(options, data).to(at.device)
     # Before hours of training: whether this network can be upgraded, at this size.
-    planned = regulate.plan(model, cell=args.cell, input_size=(data.channels, data.size, data.size))
+    size = (data.channels, data.size, data.size)
+    planned = regulate.plan(model, cell=args.cell, input_size=size)
     if seed == 0:
         print(f"{planned}\n", flush=True)
-    before = [entry["top1"] for entry in fit(model, data, job).history]
+    before = [entry["top1"] for entry in fitted(model, data, job).history]
 
-    upgraded = regulate.regulate(model, cell=args.cell, seed=seed)
+    upgraded = regulate.regulate(model, cell=args.cell, input_size=size, seed=seed)
     old, truth = predictions(model, data, job)
     new, _ = predictions(upgraded, data, job)
     print(f"predictions that the upgrade changed: {(old != new).sum().item()} of {len(truth)}\n", flush=True)
-    return fine_tuned(dict(zip(NETWORKS, (upgraded, copy.deepcopy(model)), strict=True)), data, job, args, before)
+    start = record.digest_of(model.state_dict())
+    return fine_tuned(
+        dict(zip(NETWORKS, (upgraded, copy.deepcopy(model)), strict=True)), data, job, args, before, start
+    )
 
 
 def fine_tuned(
-    networks: dict[str, nn.Module], data: Data, job: Job, args: argparse.Namespace, before: list[float]
+    networks: dict[str, nn.Module],
+    data: Data,
+    job: Job,
+    args: argparse.Namespace,
+    before: list[float],
+    start: str,
 ) -> Trial:
-    """Train both networks on with the same images in the same order."""
+    """Train both networks on with the same images in the same order; `start` is the digest of what both were."""
     curves, seconds, right = {}, {}, {}
     for name, network in networks.items():
         cell = args.cell if name == "regulated" else "none"
         said = f"seed {job.options.seed}, {name}"
         options = replace(job.options, cell=cell, epochs=args.finetune_epochs, rate=args.rate / 10, name=said)
         tuned = Job(options, options.plan(), job.at, job.out.parent / name)
-        history = fit(network, data, tuned).history
+        history = fitted(network, data, tuned, start).history
         curves[name] = [entry["top1"] for entry in history]
         seconds[name] = sum(entry["seconds"] for entry in history)
         found, truth = predictions(network, data, tuned)
@@ -109,6 +139,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/upgrade"), help="folder for figures and checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on with what an earlier call left in --out")
     args = parser.parse_args()
+    if args.pretrained and not args.model:
+        parser.error("--pretrained is for timm's networks; give --model and --data")
     if bool(args.model) != bool(args.data):
         parser.error("--model and --data go together: a timm name and the image folder to fine-tune it on")
     return args
@@ -120,7 +152,8 @@ def main() -> int:
     asked = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     code = 0
     try:
-        with place(None) as at:
+        with place(None) as at, alone(args.out):
+            begin(args)
             for seed in range(args.seeds):
                 trials.append(trial(args, seed, at))
                 write(args.out / "trials.json", trials, asked)

@@ -4,7 +4,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 VENV=${VENV:-.venv}
-[ -x "$VENV/bin/python" ] || python3 -m venv "$VENV"
+[ -x "$VENV/bin/pip" ] || python3 -m venv "$VENV"
 "$VENV/bin/pip" install --quiet --editable '.[dev]'
 [ $# -gt 0 ] || set -- -m "not gate and not zoo"
 exec "$VENV/bin/python" -m pytest -n 2 "$@"

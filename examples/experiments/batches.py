@@ -105,6 +105,6 @@ def training(data: Data, options: Options, at: Place) -> MemoryBatches | LoadedB
 def testing(data: Data, options: Options, at: Place) -> list[tuple[Tensor, Tensor]] | DataLoader[Any]:
     """Return the test batches, as they are wanted after every epoch."""
     if not isinstance(data.test, Images):
-        return _loader(data.test, TEST_BATCH, options, at)
+        return _loader(data.test, min(TEST_BATCH, options.plan().batch), options, at)
     images = data.test.to(at.device)
     return [images.batch(indices) for indices in torch.arange(len(images)).split(TEST_BATCH)]

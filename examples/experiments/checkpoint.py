@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,6 +83,22 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} is no whole checkpoint ({type(error).__name__}); delete it, and the run begins anew"
         ) from error
     return state
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in a folder, which is made: they would spoil each other's checkpoints.
+
+    Raises:
+        TrainingError: another one does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TrainingError(f"another process trains in {folder}; wait for it, or name another folder") from error
+        yield
 
 
 @contextmanager

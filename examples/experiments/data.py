@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset, Subset
 
 from . import store
-from .folders import Readable
+from .folders import Readable, digest
 from .images import Images
 from .sources import DataError, MissingDataError
 
@@ -36,6 +36,7 @@ class Data:
         channels: of an image.
         size: height and width in pixels.
         augmented: whether training images in memory are cropped and flipped.
+        digest: of a folder of images, from which a run goes on only if it is the same.
     """
 
     train: Split
@@ -44,6 +45,7 @@ class Data:
     channels: int
     size: int
     augmented: bool = False
+    digest: str | None = None
 
 
 def load(
@@ -138,7 +140,7 @@ def _folder(root: str | None, size: int, model: str | None) -> Data:
         raise DataError(f"train and test images in {folder} have other classes: {train.classes} and {test.classes}")
     if len(train.classes) < 2:
         raise DataError(f"a network tells two classes or more apart, and {folder / 'train'} has {train.classes} alone")
-    return Data(train, test, len(train.classes), 3, size)
+    return Data(train, test, len(train.classes), 3, size, digest=digest(train, test))
 
 
 def _test_folder(folder: Path) -> Path:

@@ -2,35 +2,61 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import default_loader
 
 from .sources import DataError
 
 
-def read(path: str) -> Any:
+def read(path: str) -> Image.Image:
     """Return an image in RGB.
 
     Raises:
         DataError: it cannot be read, for whatever reason; libraries raise more than one kind of exception there.
     """
     try:
-        return default_loader(path)
+        with Image.open(path) as image:
+            if image.mode[:1] in "IF":  # Pillow would clip them to 8 bits: white or black throughout
+                raise ValueError(f"its mode is {image.mode}, of more than 8 bits; scale it to 8")
+            return image.convert("RGB")
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path} cannot be read ({reason}); replace it or take it out of the folder") from error
 
 
 class Readable(ImageFolder):
-    """An image folder whose damaged images are named."""
+    """An image folder whose damaged images are named. Folders such as .ipynb_checkpoints are no classes."""
 
     def __init__(self, root: str, transform: Any) -> None:
         super().__init__(root, transform, loader=read)
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """Return the classes' names and numbers."""
+        classes = [name for name in super().find_classes(directory)[0] if not name.startswith((".", "__MACOSX"))]
+        return classes, {name: index for index, name in enumerate(classes)}
+
+
+def digest(*splits: Readable) -> str:
+    """Return a digest of paths, sizes and classes: whether two folders hold the same images, without reading them.
+
+    Raises:
+        DataError: a file is empty.
+    """
+    found = hashlib.sha256()
+    for split in splits:
+        for path, label in split.samples:
+            size = Path(path).stat().st_size
+            if not size:
+                raise DataError(f"{path} is empty; replace it or take it out of the folder")
+            found.update(f"{Path(path).relative_to(split.root)} {size} {label}\n".encode())
+    return found.hexdigest()
 
 
 class Drawn(Dataset[Any]):

@@ -3,119 +3,41 @@
 from __future__ import annotations
 
 import json
-import math
-import sys
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 from regulate.training.gradients import GradientWatch
 
 from . import batches, record
-from .checkpoint import NAME, Run, TrainingError, read, written
-from .clock import Clock
+from .checkpoint import NAME, Run, TrainingError, alone, read, written
 from .data import Data, load
 from .networks import build
 from .options import Options, Recipe
-from .place import Place, place
-
-CHECKED_EVERY = 50  # steps; on a GPU each look at the loss waits for it
-
-
-class DivergedError(TrainingError):
-    """The loss is not finite: an outcome of the run, not an accident."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What does not change during a run."""
-
-    options: Options
-    recipe: Recipe
-    at: Place
-    out: Path
-
-    def input(self, images: Tensor) -> Tensor:
-        """Return images in the layout of the network's weights."""
-        layout = torch.channels_last if self.options.channels_last else torch.contiguous_format
-        return images.contiguous(memory_format=layout)
-
-    def autocast(self) -> torch.autocast:
-        """Return the context of the forward pass."""
-        return torch.autocast(self.at.device.type, torch.bfloat16, enabled=self.options.amp)
-
-
-def epoch(run: Run, network: nn.Module, train: Any, job: Job, number: int) -> dict[str, float]:
-    """Train for one epoch. Return loss and accuracy on this process's training images as they went by, and seconds."""
-    network.train()
-    train.epoch = number
-    # For dropout and drop path; order and crops have generators of their own.
-    torch.manual_seed(job.options.seed * 1_000_003 + number * 1_009 + job.at.rank)
-    sums = torch.zeros(2, dtype=torch.float64, device=job.at.device)
-    count, clock = 0, Clock()
-    silent = job.options.quiet or job.at.rank > 0 or not sys.stdout.isatty()
-    for step, (images, labels) in enumerate(tqdm(train, f"epoch {number + 1}", leave=False, disable=silent)):
-        for group in run.optimizer.param_groups:
-            group["lr"] = job.recipe.rate_at(number + (step + 0.5) / len(train))
-        with job.autocast():
-            logits = network(job.input(images))
-            loss = F.cross_entropy(logits, labels)
-        run.optimizer.zero_grad()
-        loss.backward()
-        if job.options.clip is not None:
-            nn.utils.clip_grad_norm_(run.model.parameters(), job.options.clip)
-        run.optimizer.step()
-        sums += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
-        count += len(labels)
-        if (step + 1) % CHECKED_EVERY == 0 or step + 1 == len(train):
-            _check_finite(sums[0].item(), number, step)
-        if step == 0:
-            clock.first_step_done()
-    loss_sum, hits = sums.tolist()
-    return {"loss": loss_sum / count, "train_top1": 100 * hits / count, **clock.read(len(train))}
-
-
-def _check_finite(total: float, number: int, step: int) -> None:
-    if not math.isfinite(total):
-        raise DivergedError(
-            f"the loss is {total} in epoch {number + 1}, by step {step + 1}; lower the rate, or compute in float32; "
-            "the last checkpoint is as it was"
-        )
-
-
-@torch.no_grad()
-def accuracy(network: nn.Module, test: Iterable[tuple[Tensor, Tensor]], job: Job) -> tuple[float, float]:
-    """Return top-1 and top-5 accuracy on the test images, in per cent."""
-    network.eval()
-    hits = torch.zeros(2, dtype=torch.float64)  # in float32 two equal differences would differ
-    count = 0
-    for images, labels in test:
-        with job.autocast():
-            logits = network(job.input(images.to(job.at.device))).float()
-        ranked = logits.topk(min(5, logits.shape[1])).indices
-        right = ranked == labels.to(job.at.device)[:, None]
-        hits += torch.stack([right[:, 0].sum(), right.sum()]).cpu()
-        count += len(labels)
-    top1, top5 = (100 * hits / count).tolist()
-    return top1, top5
+from .place import place
+from .steps import Job, accuracy, epoch
 
 
 def train(options: Options) -> dict[str, Any]:
-    """Carry a run out. Return what `run.json` holds."""
+    """Carry a run out. Return what `run.json` holds.
+
+    Raises:
+        TrainingError: its folder is another run's, or another process trains there.
+    """
     with place(options.device) as at:
-        return _train(Job(options, options.plan(), at, Path(options.out)))
+        job = Job(options, options.plan(), at, Path(options.out))
+        with alone(job.out) if at.rank == 0 else nullcontext():
+            return _train(job)
 
 
 def _train(job: Job) -> dict[str, Any]:
-    _keep_what_is_there(job)
+    keep_what_is_there(job.out, job.options.resume)
     data = data_of(job.options)
     model = build(job.options, data).to(job.at.device)
     run = fit(model, data, job)
@@ -125,10 +47,14 @@ def _train(job: Job) -> dict[str, Any]:
     return report
 
 
-def _keep_what_is_there(job: Job) -> None:
-    """Make sure that no run's epochs are lost to one that was meant to go on, or for another folder."""
-    path = job.out / NAME
-    if job.options.resume or not path.exists():
+def keep_what_is_there(out: Path, resume: bool) -> None:
+    """Make sure that no run's epochs are lost to one that was meant to go on, or for another folder.
+
+    Raises:
+        TrainingError: they would be.
+    """
+    path = out / NAME
+    if resume or not path.exists():
         return
     if done := len(read(path)["history"]):
         raise TrainingError(
@@ -150,15 +76,23 @@ def data_of(options: Options) -> Data:
     )
 
 
-def fit(model: nn.Module, data: Data, job: Job) -> Run:
-    """Train a network that is on the device already, with a checkpoint in the job's folder after every epoch."""
+def fit(model: nn.Module, data: Data, job: Job, start: str | None = None) -> Run:
+    """Train a network that is on the device already, with a checkpoint in the job's folder after every epoch.
+
+    Args:
+        model: trained in place.
+        data: to train and to test on.
+        job: whose options say how.
+        start: digest of the weights that the network has, where no option names them. A run goes on from the same only.
+    """
     options, recipe, at = job.options, job.recipe, job.at
     train_batches, test_batches = batches.training(data, options, at), batches.testing(data, options, at)
     if options.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    run = Run(model, _optimizer(model, recipe), [], _asked(options, recipe))
+    run = Run(model, _optimizer(model, recipe), [], _asked(options, recipe, data, start))
     _begin(run, job)
     network = _prepared(model, job)
+    _tested(run, test_batches, job)  # of a run that was stopped in its test
     for number in range(len(run.history), recipe.epochs):
         _one_epoch(run, network, train_batches, test_batches, job, number)
     return run
@@ -180,11 +114,11 @@ def _begin(run: Run, job: Job) -> None:
         run.save(path)
 
 
-def _asked(options: Options, recipe: Recipe) -> dict[str, Any]:
+def _asked(options: Options, recipe: Recipe, data: Data, start: str | None) -> dict[str, Any]:
     """Return what must be the same when a run goes on; a run may be longer, unless its end decides the rate."""
     loose = set() if recipe.rise else {"epochs"}
     asked = {name: value for name, value in options.deciding().items() if name not in loose}
-    return {**asked, "weights": record.digest(options.weights)}
+    return {**asked, "weights": start or record.digest(options.weights), "data": data.digest}
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
@@ -204,14 +138,24 @@ def _prepared(model: nn.Module, job: Job) -> nn.Module:
 
 
 def _one_epoch(run: Run, network: nn.Module, train_batches: Any, test_batches: Any, job: Job, number: int) -> None:
-    entry = epoch(run, network, train_batches, job, number)
-    if (number + 1) % job.options.test_every == 0 or number + 1 == job.recipe.epochs:
-        entry["top1"], entry["top5"] = accuracy(run.model, test_batches, job)
-    run.history.append(entry)
+    run.history.append(epoch(run, network, train_batches, job, number))
     if job.at.rank == 0:
         run.save(job.out / NAME)
-        if not job.options.quiet:
-            print(_line(entry, number, job), flush=True)
+    _tested(run, test_batches, job)
+    if job.at.rank == 0 and not job.options.quiet:
+        print(_line(run.history[-1], number, job), flush=True)
+
+
+def _tested(run: Run, test_batches: Any, job: Job) -> None:
+    """Test after the last epoch that is done, if it is due: an image that cannot be read costs no training."""
+    done = len(run.history)
+    due = done > 0 and (done % job.options.test_every == 0 or done == job.recipe.epochs)
+    if not due or "top1" in run.history[-1]:
+        return
+    top1, top5 = accuracy(run.model, test_batches, job)
+    run.history[-1] |= {"top1": top1, "top5": top5}
+    if job.at.rank == 0:
+        run.save(job.out / NAME)
 
 
 def _line(entry: dict[str, float], number: int, job: Job) -> str:
@@ -228,6 +172,7 @@ def _report(run: Run, job: Job) -> dict[str, Any]:
         "options": job.options.deciding(),
         "recipe": asdict(job.recipe),
         "weights": run.asked["weights"],
+        "data": run.asked["data"],
         **{name: value for name, value in run.parts[0].items() if name != "epoch"},
         "later": run.parts[1:],
         "parameters": sum(p.numel() for p in run.model.parameters()),

@@ -106,11 +106,13 @@ _PRIVATE = {"data", "cache", "out", "name", "weights", "quiet", "resume", "worke
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
-    """Return a type of argparse: a whole number from `lowest` on."""
+    """Return a type of argparse: a whole number from `lowest` on, of 32 bits."""
 
     def number(text: str) -> int:
         if (value := int(text)) < lowest:
             raise argparse.ArgumentTypeError(f"takes {lowest} or more, got {value}")
+        if value >= 2**32:
+            raise argparse.ArgumentTypeError(f"takes less than {2**32}, got {value}")
         return value
 
     return number
@@ -148,7 +150,7 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     add("--batch", type=COUNT, help="of all processes together")
     add("--milestones", type=int, nargs="*", help="epochs after which the rate falls to a tenth")
     add("--clip", type=float, help="largest norm of all gradients together; larger ones are scaled down to it")
-    add("--seed", type=int)
+    add("--seed", type=at_least(0))
     add("--amp", action="store_true", help="bfloat16 autocast")
     add("--channels-last", action="store_true")
     add("--compile", action="store_true")
@@ -173,6 +175,8 @@ def options_of(arguments: Sequence[str] | None = None, text: str | None = None) 
         values["milestones"] = tuple(values["milestones"])
     if values["model"] not in CIFAR_MODELS and not values["model"].startswith("timm/"):
         made.error(f"--model takes one of {', '.join(CIFAR_MODELS)}, or timm/NAME; got {values['model']!r}")
+    if values["pretrained"] and not values["model"].startswith("timm/"):
+        made.error("--pretrained is for timm's networks; give --model timm/NAME")
     if values["clip"] is not None and not values["clip"] > 0:
         made.error(f"--clip takes a number above 0, got {values['clip']}; leave it out to clip nothing")
     if values["cell"] == "none" and (values["stages"] or values["init"] or values["frozen"]):

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from .checkpoint import written
 from .results import Report, Runs
 from .tables import difference
 
@@ -36,10 +37,11 @@ def draw(runs: Runs, path: Path, title: str, reference: str, starts: int = 0) ->
     curves.set(xlabel="epoch", ylabel="top-1 accuracy (%): mean and range of the seeds", title="Over the epochs")
     curves.xaxis.set_major_locator(MaxNLocator(integer=True))
     curves.legend(fontsize="small")
-    figure.savefig(path, dpi=100)
+    with written(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
     # Without a date, and with names that are no random numbers: the same runs are the same file.
-    with matplotlib.rc_context({"svg.hashsalt": path.stem}):
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}), written(path.with_suffix(".svg")) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
     plt.close(figure)
 
 

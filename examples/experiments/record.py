@@ -7,6 +7,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,15 @@ def origin(at: Place) -> dict[str, Any]:
 def digest(path: str | None) -> str | None:
     """Return the SHA-256 of a file, None for none."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
+
+
+def digest_of(state: Mapping[str, torch.Tensor]) -> str:
+    """Return a SHA-256 of names and values."""
+    found = hashlib.sha256()
+    for name, value in state.items():
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def versions() -> dict[str, str]:

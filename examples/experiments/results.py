@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .options import Options
+from .record import digest
 from .registry import Experiment, Job, jobs
 
 Report = Mapping[str, Any]
 Runs = Mapping[str, Sequence[Report]]
+# What tables and pictures are made from.
+_FIGURES = ("top1", "epochs", "seconds", "parameters", "machine", "recipe")
 
 
 def read_runs(experiment: Experiment, results: Path) -> dict[str, list[Report]]:
@@ -31,22 +35,57 @@ def read_run(job: Job, results: Path) -> Report | None:
     """Return a finished run, None if it has not finished.
 
     Raises:
-        ValueError: the file is damaged, or of a run with other options than those that are registered.
+        ValueError: the file is damaged, or of a run with other options, or another start, than those registered.
     """
     path = results / f"{job.key}.json"
+    report = _read(job, path, (*_FIGURES, "start") if job.start_key else _FIGURES)
+    if report is None:
+        return None
+    if not (isinstance(report["top1"], (int, float)) and 0 <= report["top1"] <= 100):
+        raise _damaged(path, f"top1 is {report['top1']!r}")
+    other = [] if report["recipe"] == json.loads(json.dumps(asdict(job.options.plan()))) else ["recipe"]
+    start = results / f"{job.start_key}.safetensors"
+    if job.start_key and start.exists() and report["start"]["sha256"] != digest(str(start)):
+        other += ["start"]
+    if other:
+        raise _another(path, other)
+    return report
+
+
+def read_failure(job: Job, results: Path) -> Report | None:
+    """Return what is known of a run that diverged, None if it did not.
+
+    Raises:
+        ValueError: the file is damaged, or of a run with other options than those that are registered.
+    """
+    return _read(job, results / f"{job.failed_key}.json", ("error",))
+
+
+def _read(job: Job, path: Path, wanted: Sequence[str]) -> Report | None:
+    """Return what a file says of a job, None without a file; it must be of this job, and whole."""
     if not path.exists():
         return None
     try:
         report: dict[str, Any] = json.loads(path.read_text())
-        named = (report["experiment"], report["arm"], report["seed"], report["top1"] is None)
+        named = (report["experiment"], report["arm"], report["seed"])
         found = {**_plain(Options()), **report["options"]}  # with what is younger than the run
+        if missing := sorted(set(wanted) - report.keys()):
+            raise KeyError(missing[0])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no whole result ({error!r}); delete it and run the experiment again") from error
+        raise _damaged(path, repr(error)) from error
     other = sorted(name for name, value in _plain(job.options).items() if found[name] != value)
-    if named != (job.experiment.name, job.arm.name, job.seed, False) or other:
-        what = f" (other {', '.join(other)})" if other else ""
-        raise ValueError(f"{path} is of another run{what}; delete it and run the experiment again")
+    if named != (job.experiment.name, job.arm.name, job.seed) or other:
+        raise _another(path, other)
     return report
+
+
+def _damaged(path: Path, reason: str) -> ValueError:
+    return ValueError(f"{path} is no whole result ({reason}); delete it and run the experiment again")
+
+
+def _another(path: Path, other: Sequence[str]) -> ValueError:
+    what = f" (other {', '.join(other)})" if other else ""
+    return ValueError(f"{path} is of another run{what}; delete it and run the experiment again")
 
 
 def _plain(options: Options) -> dict[str, Any]:
@@ -57,12 +96,8 @@ def _plain(options: Options) -> dict[str, Any]:
 
 def failures(experiment: Experiment, results: Path) -> list[str]:
     """Return a line for each run that diverged."""
-    found = [(job, results / f"{job.failed_key}.json") for job in jobs([experiment])]
-    return [
-        f"{job.arm.name}, seed {job.seed} ({json.loads(path.read_text())['error']})"
-        for job, path in found
-        if path.exists()
-    ]
+    found = [(job, read_failure(job, results)) for job in jobs([experiment])]
+    return [f"{job.arm.name}, seed {job.seed} ({failure['error']})" for job, failure in found if failure]
 
 
 def seed_of(report: Report) -> int:

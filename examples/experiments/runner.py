@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import multiprocessing
 import shutil
@@ -18,11 +17,12 @@ from typing import Any
 import torch
 
 from .checkpoint import written
-from .loop import DivergedError, train
+from .loop import train
 from .messages import EXPECTED, one_line
 from .options import Options
 from .registry import Job
-from .results import read_run
+from .results import read_failure, read_run
+from .steps import DivergedError
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def run_all(jobs: Iterable[Job], folders: Folders, at_a_time: int = 1, device: s
     Returns:
         The jobs that are still without a result: they failed, or what they start from is missing.
     """
-    waiting = [job for job in jobs if not read_run(job, folders.results) and not folders.failure(job).exists()]
+    waiting = [job for job in jobs if not read_run(job, folders.results) and not _diverged_before(job, folders)]
     running: dict[SpawnProcess, Job] = {}
     failed: list[Job] = []
     try:
@@ -85,9 +85,19 @@ def run_all(jobs: Iterable[Job], folders: Folders, at_a_time: int = 1, device: s
     finally:
         for process in running:
             process.terminate()
+    # Another runner may have finished what this one could not begin.
+    failed = [job for job in failed if not folders.result(job).exists()]
     for job in waiting:
         print(f"{job.name}: waits for {folders.start(job)}, which does not come", file=sys.stderr, flush=True)
     return failed + waiting
+
+
+def _diverged_before(job: Job, folders: Folders) -> bool:
+    failure = read_failure(job, folders.results)
+    if failure:
+        path = folders.failure(job)
+        print(f"{job.name}: {failure['error']}, which is its result; see {path}", file=sys.stderr, flush=True)
+    return failure is not None
 
 
 def _begun(job: Job, folders: Folders, device: str | None) -> SpawnProcess:
@@ -100,7 +110,7 @@ def _work(job: Job, folders: Folders, device: str | None) -> None:
     """In a process of its own; an error is one line."""
     torch.set_num_threads(1)
     try:
-        with _alone(folders.work / job.key), _diverged(job, folders):
+        with _diverged(job, folders):
             if not folders.result(job).exists():  # another runner may have finished it meanwhile
                 run(job, folders, device)
     except KeyboardInterrupt:
@@ -116,20 +126,11 @@ def _diverged(job: Job, folders: Folders) -> Iterator[None]:
     try:
         yield
     except DivergedError as error:
-        _put(folders.failure(job), _head(job) | {"error": str(error).partition(";")[0]})
+        _put(
+            folders.failure(job),
+            _head(job) | {"options": job.options.deciding(), "error": str(error).partition(";")[0]},
+        )
         raise
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Two processes that train in one folder would spoil each other's checkpoints."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RuntimeError(f"another process trains in {folder}; wait for it, or give another --work") from error
-        yield
 
 
 def options_of(job: Job, folders: Folders, device: str | None = None) -> Options:

@@ -26,6 +26,11 @@ _DEBIAN = "usr/share/datasets/fashion-mnist"
 INSTALLED = Path("/", _DEBIAN)
 
 
+# What the libraries raise at a file that is cut, or another one.
+_DAMAGED = (OSError, EOFError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError, zlib.error)
+_DAMAGED += (tarfile.TarError, pickle.UnpicklingError)
+
+
 class DataError(RuntimeError):
     """The data are there, and are not what they should be."""
 
@@ -53,14 +58,9 @@ def read(name: str, split: str, folder: Path) -> Arrays:
         return _fashion(split, folder) if name == "fashion_mnist" else _cifar(name, split, folder)
     except MissingDataError:
         raise
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zlib.error, tarfile.TarError) as error:
-        raise _unreadable(name, folder, error) from error
-    except pickle.UnpicklingError as error:
-        raise _unreadable(name, folder, error) from error
-
-
-def _unreadable(name: str, folder: Path, error: Exception) -> DataError:
-    return DataError(f"{name} in {folder} cannot be read ({error}); delete it and get it again")
+    except _DAMAGED as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{name} in {folder} cannot be read ({reason}); delete it and get it again") from error
 
 
 def _cifar(name: str, split: str, folder: Path) -> Arrays:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,7 @@ def _mapped(file: Path) -> NDArray[np.uint8]:
     """Copy-on-write: processes share the pages, and torch takes the array for writable."""
     try:
         array: NDArray[np.uint8] = np.load(file, mmap_mode="c")
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{file} is no whole array ({error}); delete it, it is made anew") from error
     return array
 
@@ -81,6 +82,12 @@ def _write(file: Path, array: NDArray[np.uint8]) -> None:
 
 
 def _check(name: str, split: str, found: Arrays, where: str) -> None:
+    kinds = [(array.ndim, str(array.dtype)) for array in found]
+    if kinds != [(4, "uint8"), (1, "uint8")]:
+        raise DataError(
+            f"the {split} split of {name} in {where} should be pixels (N, C, H, W) and labels (N,) of uint8, and has "
+            f"{kinds[0][0]} and {kinds[1][0]} dimensions of {kinds[0][1]} and {kinds[1][1]}; delete it and get it again"
+        )
     expected = DIGESTS.get((name, split))
     if expected is None:
         return

@@ -17,7 +17,7 @@ from matplotlib.image import imread
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import compare
-from experiments import data, networks, plots, registry, runner, tables
+from experiments import checkpoint, data, networks, plots, registry, runner, tables
 from experiments import results as results_of
 from experiments.registry import EXPERIMENTS, Arm, Experiment, Job, jobs
 
@@ -126,13 +126,13 @@ def test_a_run_that_fails_is_one_line_and_the_others_go_on(tmp_path, capfd):
     left = runner.run_all(jobs([experiment], seeds=1), folders(tmp_path))
     assert [job.arm.name for job in left] == ["wild"]
     said = capfd.readouterr().err
-    assert "tiny/wild, seed 0: the loss is" in said
+    assert "tiny/wild, seed 0: the loss is" in said or "tiny/wild, seed 0: what the network says" in said
     assert "Traceback" not in said
     made = ["lstm-0.json", "plain-0.json", "wild-0.failed.json"]
     assert sorted(path.name for path in tmp_path.glob("results/tiny/*.json")) == made
     assert (tmp_path / "work" / "tiny" / "wild-0" / "checkpoint.pt").exists()
     assert "2 of 6 registered runs are in" in tables.block(experiment, tmp_path / "results")
-    assert "Failed: wild, seed 0 (the loss is " in tables.block(experiment, tmp_path / "results")
+    assert "Failed: wild, seed 0 (" in tables.block(experiment, tmp_path / "results")
     assert runner.run_all(jobs([experiment], seeds=1), folders(tmp_path)) == [], "it is not tried again"
 
 
@@ -148,9 +148,30 @@ def test_a_result_that_came_meanwhile_stays(tmp_path):
     assert (tmp_path / "results" / "tiny" / "plain-0.json").read_bytes() == before
 
 
-def test_two_runners_do_not_share_a_run(tmp_path):
-    with runner._alone(tmp_path), pytest.raises(RuntimeError, match="another process trains"), runner._alone(tmp_path):
-        pass
+def test_two_runners_do_not_share_a_run(tmp_path, capfd):
+    experiment, where = tiny(), folders(tmp_path)
+    job = next(jobs([experiment]))
+    with checkpoint.alone(where.work / job.key):
+        assert runner.run_all([job], where) == [job]
+        assert "another process trains" in capfd.readouterr().err
+    runner.run(job, where)
+    assert runner.run_all([job], where) == []
+
+
+def test_what_another_runner_finished_has_not_failed(tmp_path, monkeypatch):
+    job, where = next(jobs([tiny()])), folders(tmp_path)
+    begun = runner._begun
+
+    def late(job, folders, device):
+        process = begun(job, folders, device)
+        process.join()
+        folders.result(job).parent.mkdir(parents=True, exist_ok=True)
+        folders.result(job).touch()
+        return process
+
+    monkeypatch.setattr(runner, "_begun", late)
+    with checkpoint.alone(where.work / job.key):
+        assert runner.run_all([job], where) == []
 
 
 def test_a_run_of_other_options_is_not_gone_on_with(tmp_path):

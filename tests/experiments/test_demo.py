@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.image import imsave
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import upgrade_backbone
+from experiments import checkpoint
 from experiments.trials import NETWORKS
 
 pytestmark = pytest.mark.slow
@@ -89,6 +91,44 @@ def test_a_network_that_cannot_be_upgraded_is_not_trained_first(tmp_path, monkey
     assert "epoch" not in said.out
     assert "every stage has one block" in said.err or "resid" in said.err
     assert not (tmp_path / "out" / "seed-0").exists()
+
+
+def test_fine_tuning_goes_on_from_the_same_network_alone(tmp_path, monkeypatch, capsys):
+    once = ("--seeds", "1", "--epochs")
+    assert demo(monkeypatch, tmp_path / "whole", *once, "2") == 0
+    assert demo(monkeypatch, tmp_path / "parts", *once, "1") == 0
+    # Digits begin anew where --resume is not given, with nothing of what was there.
+    fit = upgrade_backbone.fit
+    with monkeypatch.context() as patch:
+        patch.setattr(upgrade_backbone, "fit", lambda *a: fit(*a) and (_ for _ in ()).throw(KeyboardInterrupt))
+        assert demo(monkeypatch, tmp_path / "parts", *once, "2") == 130
+    assert demo(monkeypatch, tmp_path / "parts", *once, "2", "--resume") == 0
+    assert figures(tmp_path / "parts") == figures(tmp_path / "whole")
+    trained = tmp_path / "parts" / "seed-0" / "trained" / "checkpoint.pt"
+    trained.unlink()
+    capsys.readouterr()
+    assert demo(monkeypatch, tmp_path / "parts", *once, "3", "--resume") == 2
+    assert "a run with other weights" in capsys.readouterr().err
+
+
+def test_trials_on_a_users_images_are_not_begun_anew(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "out" / "seed-1" / "plain"
+    folder.mkdir(parents=True)
+    torch.save({"model": {}, "optimizer": {}, "history": [{}], "asked": {}}, folder / "checkpoint.pt")
+    options = ("--model", "resnet10t", "--data", str(tmp_path))
+    assert demo(monkeypatch, tmp_path / "out", *options) == 2
+    assert "holds 1 epochs of a run; give --resume" in capsys.readouterr().err
+
+
+def test_two_demos_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
+    with checkpoint.alone(tmp_path):
+        assert demo(monkeypatch, tmp_path) == 2
+    assert "another process trains in" in capsys.readouterr().err
+
+
+def test_a_network_that_diverges_is_named(tmp_path, monkeypatch, capsys):
+    assert demo(monkeypatch, tmp_path, "--rate", "1e30") == 2
+    assert "seed 0, training: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--seeds", "--epochs", "--subset", "--size", "--batch", "--finetune-epochs"])

@@ -146,9 +146,34 @@ def test_a_damaged_store_is_refused(tmp_path):
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(sources.DataError, match="SHA-256"):
         store.arrays("fashion_mnist", "train", tmp_path)
-    file.write_bytes(whole[:1000])
-    with pytest.raises(sources.DataError, match="made anew"):
+    for content in (whole[:1000], b"PK\3\4" + whole):
+        file.write_bytes(content)
+        with pytest.raises(sources.DataError, match="made anew"):
+            store.arrays("fashion_mnist", "train", tmp_path)
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:, None], lambda x: x.astype(np.int8), lambda x: x[None]])
+def test_a_store_of_another_shape_is_refused(change, tmp_path):
+    debian_fashion(tmp_path)
+    store.arrays("fashion_mnist", "train", tmp_path)
+    np.save(tmp_path / "fashion_mnist-train-labels.npy", change(labels("fashion_mnist", "train")))
+    with pytest.raises(sources.DataError, match="should be pixels"):
         store.arrays("fashion_mnist", "train", tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[300]", "[-1]", '{"a": 1}', '"a"', "null"])
+def test_labels_that_are_none_are_one_line(content, tmp_path):
+    npm_unpacked(tmp_path)
+    (tmp_path / "package" / "test_lables.json").write_text(content)
+    with pytest.raises(sources.DataError):
+        store.arrays("cifar10", "test", tmp_path)
+
+
+def test_an_empty_file_is_one_line(tmp_path):
+    debian_fashion(tmp_path)
+    (tmp_path / "usr/share/datasets/fashion-mnist/t10k-images-idx3-ubyte.gz").write_bytes(b"")
+    with pytest.raises(sources.DataError, match="get it again"):
+        store.arrays("fashion_mnist", "test", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from torchvision.datasets import CIFAR10
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import train
-from experiments import batches, checkpoint, data, loop, networks, record, runner
+from experiments import batches, checkpoint, data, loop, networks, record, runner, steps
 from experiments.options import Options
 from experiments.registry import EXPERIMENTS, jobs
 
@@ -130,7 +130,46 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
     assert len(done.stderr.splitlines()) == 1
     assert "checkpoint.pt cannot be written" in done.stderr
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "model.safetensors", "run.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint.pt",
+        "lock",
+        "model.safetensors",
+        "run.json",
+    ]
+
+
+def test_a_test_that_fails_costs_no_training(tmp_path, monkeypatch, capsys):
+    whole = run(tmp_path / "whole", "--epochs", "2")
+    parts, asked = tmp_path / "parts", (*TINY, "--out", str(tmp_path / "parts"), "--epochs", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "accuracy", lambda *_: (_ for _ in ()).throw(OSError("an image is gone")))
+        for resume, done in (((), 1), (("--resume",), 1)):
+            assert train.main([*asked, *resume]) == 2
+            assert "an image is gone" in capsys.readouterr().err
+            assert len(checkpoint.read(parts / "checkpoint.pt")["history"]) == done
+    assert figures(run(parts, "--epochs", "2", "--resume")) == figures(whole)
+
+
+def test_a_run_that_ends_before_its_test_is_tested(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Run, "save", stops_after_one_epoch)
+        assert train.main([*TINY, "--out", str(tmp_path), "--epochs", "5", "--test-every", "5"]) == 130
+    report = run(tmp_path, "--epochs", "1", "--test-every", "5", "--resume")
+    assert report["top1"] == run(tmp_path / "whole", "--epochs", "1")["top1"]
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path, capsys):
+    with checkpoint.alone(tmp_path):
+        assert train.main([*TINY, "--out", str(tmp_path), "--epochs", "1"]) == 2
+        assert "another process trains in" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    run(tmp_path, "--epochs", "1")
+
+
+def test_a_network_that_says_nan_has_no_accuracy(tmp_path, capsys):
+    assert train.main([*TINY, "--out", str(tmp_path), "--batch", "64", "--epochs", "1", "--rate", "1e30"]) == 2
+    assert "test images is not finite" in capsys.readouterr().err
+    assert not (tmp_path / "run.json").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"no zip at all", None])
@@ -202,7 +241,7 @@ def test_a_full_disk_as_a_run_diverges_is_one_line(tmp_path, capsys, monkeypatch
         raise OSError(28, "No space left on device", str(path))
 
     def diverges(*_):
-        raise loop.DivergedError("the loss is nan; lower the rate")
+        raise steps.DivergedError("the loss is nan; lower the rate")
 
     job = next(iter(jobs([EXPERIMENTS["smoke"]])))
     folders = runner.Folders(tmp_path / "work", tmp_path / "results")

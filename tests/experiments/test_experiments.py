@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imsave
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -169,6 +169,20 @@ def test_starting_from_weights_is_the_identity_start(tmp_path):
     )
 
 
+@pytest.mark.parametrize("model", ["timm/resnetv2_50x1_bit", "timm/resnet10t", "resnet20"])
+def test_a_new_head_is_the_classifier(model, tmp_path):
+    asked = ["--model", model, "--seed", "0", "--new-head", "--subset", "64"]
+    images = data.load("digits")
+    old = networks.build(options_of(["--model", model, "--seed", "1"]), images)
+    save_file(old.state_dict(), tmp_path / "start.safetensors")
+    made = networks.build(options_of([*asked, "--weights", str(tmp_path / "start.safetensors")]), images)
+    fresh = networks.build(options_of(asked), images)
+    other = {key for key, value in made.state_dict().items() if not torch.equal(value, old.state_dict()[key])}
+    head = {"timm/resnetv2_50x1_bit": "head.fc", "timm/resnet10t": "fc", "resnet20": "fc"}[model]
+    assert f"{head}.weight" in other <= {f"{head}.weight", f"{head}.bias"}
+    assert torch.equal(made.state_dict()[f"{head}.weight"], fresh.state_dict()[f"{head}.weight"])
+
+
 def says(capsys, *arguments):
     try:
         code = train.main([*arguments, "--quiet"])
@@ -193,12 +207,16 @@ def says(capsys, *arguments):
         (["--subset", "5000"], "at most"),
         (["--subset", "10"], "smaller --batch"),
         (["--weights", "nosuch.pt"], "nosuch.pt"),
-        (["--rate", "1e9", "--subset", "64"], "the loss is"),
+        (["--rate", "1e9", "--subset", "64"], "is not finite; lower the rate"),
+        (["--rate", "1e9", "--batch", "16"], "the loss is"),
         (["--subset", "-8"], "takes 1 or more, got -8"),
         (["--epochs", "0"], "takes 1 or more"),
         (["--batch", "0"], "takes 1 or more"),
         (["--test-every", "0"], "takes 1 or more"),
         (["--workers", "-1"], "takes 0 or more"),
+        (["--seed", "99999999999999"], "takes less than 4294967296"),
+        (["--pretrained"], "give --model timm/NAME"),
+        (["--weights", "."], "--weights takes the model.safetensors of a run"),
         (["--clip", "0"], "takes a number above 0"),
         (["--clip", "nan"], "takes a number above 0"),
     ],

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import train
 from experiments import batches, data
-from experiments.folders import Drawn
+from experiments.folders import Drawn, read
 from experiments.messages import one_line
 from experiments.options import Options
 from experiments.sources import DataError
@@ -123,6 +123,56 @@ def test_test_images_lie_in_folders_of_several_names(name, folder):
 def test_no_test_images_names_the_folders(folder, capsys):
     (folder / "val").rename(folder / "held_out")
     assert "valid, validation, test" in says(capsys, folder)
+
+
+def test_a_run_goes_on_with_the_same_images_alone(folder, capsys):
+    common = ["--dataset", "imagefolder", "--data", str(folder), "--model", "timm/resnet10t", "--size", "32"]
+    common += ["--batch", "4", "--quiet", "--out", str(folder / "run"), "--resume"]
+    assert train.main([*common, "--epochs", "1"]) == 0
+    path = folder / "val" / "a" / "3.png"
+    before = path.read_bytes()
+    imsave(path, np.zeros((48, 40, 3)))
+    assert train.main([*common, "--epochs", "2"]) == 2
+    assert "a run with other data" in capsys.readouterr().err
+    path.write_bytes(before)
+    assert train.main([*common, "--epochs", "2"]) == 0
+
+
+def test_an_empty_image_is_named_before_training(folder, capsys):
+    (folder / "val" / "b" / "3.png").write_bytes(b"")
+    assert "3.png is empty" in says(capsys, folder)
+    assert not (folder / "run" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(np.uint16, "png"), (np.float32, "tiff"), (np.int32, "tiff")])
+def test_images_of_more_than_8_bits_are_not_clipped(kind, mode, folder):
+    path = folder / "train" / "a" / f"0.{mode}"
+    Image.fromarray(np.full((40, 40), 7, kind)).save(path)
+    with pytest.raises(DataError, match=r"more than 8 bits"):
+        read(str(path))
+
+
+def test_folders_of_other_programs_are_no_classes(folder):
+    for split in ("train", "val"):
+        for name in (".ipynb_checkpoints", "__MACOSX"):
+            (folder / split / name).mkdir()
+    found = data.load("imagefolder", str(folder), size=32)
+    assert found.classes == 2 and found.train.class_to_idx == {"a": 0, "b": 1}
+
+
+def test_a_network_for_another_size_says_so(folder, capsys):
+    assert "give another --size" in says(capsys, folder, "--model", "timm/vit_tiny_patch16_224")
+
+
+def test_the_sizes_blocks_are_planned_at_is_that_of_the_images(folder, capsys):
+    said = says(capsys, folder, "--model", "timm/vit_tiny_patch16_224", "--cell", "gru")
+    assert "give another --size" in said
+
+
+def test_images_are_tested_in_batches_as_asked(folder):
+    options = Options("imagefolder", str(folder), size=32, batch=4)
+    found = batches.testing(data.load("imagefolder", str(folder), size=32), options, HERE)
+    assert {len(labels) for _, labels in found} == {4}
 
 
 def test_what_a_loaders_process_said_is_one_line():
