@@ -146,7 +146,8 @@ def verify(model: nn.Module, config: RegulatorConfig, size: Sequence[int] | None
     original = copy.deepcopy(model)
     if shake:
         perturb(original, [example_inputs(original, size, batch=4, seed=seed) for seed in (1, 2)])
-    return verify_pair(original, regulate(original, config=config), example_inputs(original, size), len(drawn.blocks))
+    regulated = regulate(original, config=config, input_size=size)
+    return verify_pair(original, regulated, example_inputs(original, size), len(drawn.blocks))
 
 
 def verify_pair(original: nn.Module, regulated: nn.Module, inputs: tuple[Any, ...], blocks: int) -> Verdict:

@@ -75,7 +75,8 @@ def survey(bare: nn.Module, config: RegulatorConfig, sizes: Sequence[Size], exam
         kinds = checked(list(_blocks(Dataflow(measured), root, config, trained)), measured, trained)
         if kinds:
             image = image or measured.inputs.image[1:]
-            macs = _added(macs, measured.flops, measured.inputs.image[0])
+            flops, images = measured.flops, measured.inputs.image[0]
+            macs = None if macs is None or flops is None else macs + flops // (2 * images)  # two operations each
         sites += [kind for kind in kinds if isinstance(kind, Site)]
         skipped += [kind for kind in kinds if isinstance(kind, Skipped)]
         closed = measured.traced.closed.items()
@@ -84,11 +85,6 @@ def survey(bare: nn.Module, config: RegulatorConfig, sizes: Sequence[Size], exam
     # A whole whose parts gave blocks was not left alone.
     left = [s for s in dict.fromkeys(skipped) if not any(name.startswith(s.name and f"{s.name}.") for name in found)]
     return Survey(sites, left, failed, image, macs)
-
-
-def _added(macs: int | None, flops: int | None, images: int) -> int | None:
-    # At two operations a multiply-add.
-    return None if macs is None or flops is None else macs + flops // (2 * images)
 
 
 @torch.no_grad()
@@ -234,7 +230,7 @@ def _norm(block: nn.Module, wish: str) -> Norm:
     kind = wish if wish != "auto" else "batch" if batch else "group" if norms else "none"
     return Norm(
         kind=kind,
-        eps=float(getattr(model, "eps", 1e-5)),
+        eps=float(1e-5 if (eps := getattr(model, "eps", None)) is None else eps),  # torch's RMSNorm has None
         momentum=getattr(model, "momentum", 0.1) if batch else 0.1,
         groups=int(getattr(model, "num_groups", 32)),
     )

@@ -180,12 +180,11 @@ def _chosen(stages: list[Stage], config: RegulatorConfig) -> tuple[list[Stage], 
     return chosen, left
 
 
-def _alone(stage: Stage, stages: list[Stage]) -> str:
+def _alone(own: Stage, stages: list[Stage]) -> str:
     """Why a stage of one block is left alone, and why it has one block."""
-    near = [other for other in stages if abs(other.index - stage.index) == 1 and other.grid == stage.grid]
-    near = [other for other in near if _widths(other) != _widths(stage)]
+    near = any(abs(o.index - own.index) == 1 and o.grid == own.grid and _widths(o) != _widths(own) for o in stages)
     why = " (the blocks next to it have other inner widths, and a cell has one)" if near else ""
-    return f"a stage of one block{why} has nothing to carry; stages=[{stage.name!r}] regulates it all the same"
+    return f"a stage of one block{why} has nothing to carry; stages=[{own.name!r}] regulates it all the same"
 
 
 def _widths(stage: Stage) -> tuple[int, int]:
@@ -196,7 +195,7 @@ def _wanted(stages: list[Stage], config: RegulatorConfig) -> set[int] | None:
     if config.stages is None:
         return None
     there = ", ".join(f"{stage.name!r} ({stage.index})" for stage in stages)
-    places: dict[str | int, int] = {key: stage.index for stage in stages for key in (stage.name, stage.index)}
+    places: dict[str | int, int] = {key: s.index for s in stages for key in (s.blocks[0].name, s.name, s.index)}
     for entry in config.stages:
         if entry not in places:
             raise UnknownStageError(f"there is no stage {entry!r}; this network has {there}, counted from 0")

@@ -145,11 +145,11 @@ def _build(config: Any) -> nn.Module:
 
 def _as_regulated(config: dict[str, Any], options: RegulatorConfig) -> dict[str, Any]:
     """Return a config.json of timm's with the name and the options of the regulated architecture."""
-    name, arguments = config["architecture"], dict(config.get("model_args") or {})
-    if not name.startswith(REGULATED):
-        given = {key: value for key, value in options.to_dict().items() if value is not None}
-        config = {**config, "architecture": REGULATED + name, "model_args": {**arguments, **given}}
-    return config
+    # Without the options that a namesake was built with: it may have been regulated with others since.
+    arguments = {key: value for key, value in (config.get("model_args") or {}).items() if key not in OPTIONS}
+    given = {key: value for key, value in options.to_dict().items() if value is not None}
+    name = REGULATED + config["architecture"].removeprefix(REGULATED)
+    return {**config, "architecture": name, "model_args": {**arguments, **given}}
 
 
 def _check_rebuilt(model: nn.Module, rebuilt: nn.Module) -> None:

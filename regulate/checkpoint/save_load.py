@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -146,7 +147,9 @@ def _prepared(
     """Prepare what the record of a file of `save` says, and check that its tensors fit."""
     check_identity(record["model"], identity(model))
     config = RegulatorConfig.from_dict(record["config"])
-    planned = make_plan(model, config, input_size, example_inputs)
+    # By their first blocks: the options may be those of a part that was regulated alone, which had other names.
+    there = replace(config, stages=tuple(stage[0]["name"] for stage in record["plan"]))
+    planned = make_plan(model, there, input_size, example_inputs)
     check_layout(record["plan"], layout([stage.blocks for stage in planned.stages]))
     prepared = prepare(model, planned, config)
     base = model.state_dict()

@@ -21,7 +21,7 @@ from ..utils.paths import join
 from .alignment import aligned
 from .carrier import Chain
 from .disable import is_off
-from .lookup import CHAIN, RECORD, Record
+from .lookup import CHAIN, GRAPH, Record
 
 
 class Switched(Part):
@@ -48,12 +48,11 @@ def install_in_graph(model: fx.GraphModule, record: Record, fusions: Mapping[str
         for block in stage.blocks:
             fusion = fusions[block.name]
             model.get_submodule(block.name)._modules["regulator"] = fusion
-            vars(fusion)[CHAIN] = chain
+            vars(fusion)[CHAIN], vars(fusion)[GRAPH] = chain, record
             become(fusion, Switched)
         _splice(edited, stage)
     model.graph = edited
     model.graph.lint()
-    model.meta[RECORD] = record
 
 
 def uninstall_from_graph(model: fx.GraphModule, record: Record) -> None:
@@ -77,14 +76,12 @@ def _reads(node: fx.Node, added: set[str]) -> bool:
 
 def _give_back(model: fx.GraphModule, graph: fx.Graph, record: Record) -> None:
     """Set the graph and take the modules out."""
-    for stage in record.stages:
-        for block in stage.blocks:
-            fusion = model.get_submodule(block.name)._modules.pop("regulator", None)
-            if fusion is not None:
-                vars(fusion).pop(CHAIN, None)
-                leave(fusion, Switched)
+    paths = {join(block.name, "regulator") for stage in record.stages for block in stage.blocks}
+    for path, fusion in [(path, module) for path, module in model.named_modules() if path in paths]:
+        del model.get_submodule(path.rpartition(".")[0])._modules["regulator"]
+        vars(fusion).pop(CHAIN, None)
+        leave(fusion, Switched)
     model.graph = graph
-    model.meta.pop(RECORD, None)
 
 
 def _splice(graph: fx.Graph, stage: Stage) -> None:

@@ -17,7 +17,9 @@ from .carrier import Chain, Place
 # Attributes on instances, so that classes can be cached and copies carry them.
 PLACE = "_regulate_place"  # of a block: its `Place`
 POINTS = "_regulate_points"  # of a module at a read or write point: its `Point`s
-RECORD = "_regulate_record"  # of a container: its `Record`; of a graph in its `meta`, which copies keep
+RECORD = "_regulate_record"  # of a container: its `Record`
+# Of a fusion that a graph calls: the `Record` of that graph, whose own `meta` neither pickles nor transforms keep.
+GRAPH = "_regulate_graph"
 CHAIN = "_regulate_chain"  # of a fusion that a graph calls: its `Chain`
 
 
@@ -54,9 +56,15 @@ class Record:
 def containers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Record]]:
     """Yield path, module and record of everything in the model that runs regulated stages."""
     for path, module in model.named_modules():
-        record = vars(module).get(RECORD) or (isinstance(module, fx.GraphModule) and module.meta.get(RECORD))
+        record = vars(module).get(RECORD) or (_of_graph(module) if isinstance(module, fx.GraphModule) else None)
         if record:
             yield path, module, record
+
+
+def _of_graph(graph: fx.GraphModule) -> Record | None:
+    """Return the record that the fusions of a graph carry, not that of a graph within it."""
+    held = ((path, vars(module).get(GRAPH)) for path, module in graph.named_modules())
+    return next((one for path, one in held if one and path == join(one.stages[0].blocks[0].name, "regulator")), None)
 
 
 def regulated_blocks(model: nn.Module) -> Iterator[tuple[str, Place]]:

@@ -19,7 +19,7 @@ from .._compat.operators import storage_of
 from .carrier import Memory, Place, first_tensor
 
 _NOTES = "_regulate_notes"
-# An input that is used again and again keeps its last notes only.
+# An input that is used again and again keeps the last notes of each block only.
 _KEPT = 4
 
 
@@ -38,8 +38,9 @@ def note(place: Place, memory: Memory, args: Any) -> None:
     if storage is not None:
         state = None if memory.state is None else tuple(map(as_leaf, memory.state))
         values = Memory(memory.chain, memory.cell, state, memory.index, memory.tracked)
-        notes = (*getattr(storage, _NOTES, ()), _Note(place, sequence_number(), values))
-        setattr(storage, _NOTES, notes[-_KEPT:])
+        held = getattr(storage, _NOTES, ())
+        others, own = ([one for one in held if (one.place is place) == mine] for mine in (False, True))
+        setattr(storage, _NOTES, (*others, *own[1 - _KEPT :], _Note(place, sequence_number(), values)))
 
 
 def as_leaf(part: Tensor) -> Tensor:
@@ -59,7 +60,8 @@ def noted(place: Place, args: Any) -> Memory | None:
         return None
     number = running_node_number()
     notes = [one for one in getattr(_storage(args), _NOTES, ()) if one.place is place]
-    before = [one for one in notes if not number or one.number <= number]
+    # In a checkpoint within a checkpoint, the first run is itself a second one, and later than the node.
+    before = [one for one in notes if not number or one.number <= number] or notes[-1:] * (len(notes) < _KEPT)
     return before[-1].memory if before else None
 
 

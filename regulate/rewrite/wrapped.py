@@ -98,7 +98,8 @@ def _is_sharded(block: nn.Module) -> bool:
 
 
 def _needs_gradient(args: Any) -> bool:
-    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves(args))
+    # What a reentrant checkpoint puts out is no leaf; a leaf is where a network was cut.
+    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad and not leaf.is_leaf for leaf in tree_leaves(args))
 
 
 def _out_of_order(place: Place, last: Memory | None) -> str:
@@ -112,8 +113,8 @@ def _out_of_order(place: Place, last: Memory | None) -> str:
 def _reentrant(place: Place) -> str:
     return (
         f"the blocks before block {place.index} of {place.chain.name} ran without gradients, as reentrant gradient "
-        "checkpointing runs them, and the memory's gradient would be lost; use use_reentrant=False, or checkpoint the "
-        "whole stage"
+        "checkpointing runs them, or are not found again; use use_reentrant=False, and begin the checkpoint with the "
+        "block, without a cast or hook before it, or checkpoint the whole stage"
     )
 
 

@@ -71,7 +71,7 @@ def restart(model: nn.Module) -> None:
     begun: Start = vars(model)[_START]
     there = dict(regulators(model))
     with private_rng(None, 0):
-        for block in begun.blocks:
+        for block in (one for one in begun.blocks if f"{one.name}.regulator" in there):
             start(there[f"{block.name}.regulator"], block, model, begun.init)  # type: ignore[arg-type]
 
 

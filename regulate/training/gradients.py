@@ -31,7 +31,7 @@ class GradientWatch:
 
     def __init__(self, model: nn.Module, steps: int = 20) -> None:
         check_regulated(model)
-        self.steps, self.seen = steps, 0
+        self.steps, self.seen, self.model = steps, 0, id(model)
         cells = {f"{path}.cell": part.cell for path, part in regulators(model) if hasattr(part, "cell")}
         self.silent = set(cells)
         self.hooks = ExitStack()
@@ -51,7 +51,8 @@ class GradientWatch:
             self.silent.discard(path)
 
     def _count(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        if not (model.training and torch.is_grad_enabled()):
+        # A copy of the model has this hook, too, and none on its parameters.
+        if not (model.training and torch.is_grad_enabled() and id(model) == self.model):
             return
         if self.silent and self.seen < self.steps:
             self.seen += 1

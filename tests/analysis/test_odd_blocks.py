@@ -14,6 +14,7 @@ from torch import nn
 from regulate import NoBlocksError, plan, regulate, unregulate
 from regulate.rewrite.lookup import regulated_blocks
 
+from ..helpers import small
 from .odd_networks import Listed, Plain, assert_same, of, outputs
 
 
@@ -184,3 +185,23 @@ def test_no_activation_behind_a_patched_class(monkeypatch):
     model = of(Plain)
     assert {block.activation for block in plan(model).blocks} == {"none"}
     assert torch.allclose(outputs(regulate(model)), outputs(model), rtol=1e-4, atol=1e-5)
+
+
+class RootMeanSquare(nn.Module):
+    """A block with torch's RMSNorm, whose default for eps is None."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm1, self.norm2 = nn.RMSNorm(8), nn.RMSNorm(8)
+
+    def forward(self, x):
+        y = torch.relu(self.norm1(self.conv1(x).movedim(1, -1)).movedim(-1, 1))
+        return x + self.norm2(self.conv2(y).movedim(1, -1)).movedim(-1, 1)
+
+
+def test_a_norm_without_an_eps_of_its_own():
+    model = small(RootMeanSquare(), RootMeanSquare()).eval()
+    assert [block.norm.eps for block in plan(model).blocks] == [1e-5, 1e-5]
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(regulate(model)(x), model(x))

@@ -70,3 +70,35 @@ def test_another_number_of_classes_is_an_error(tmp_path):
     save(regulate(create_model("resnet18", num_classes=7)), tmp_path / "a")
     with pytest.raises(CheckpointError, match=r"fc.weight: float32 \(7, 512\)"):
         load(create_model("resnet18"), tmp_path / "a")
+
+
+@pytest.mark.parametrize("options", [{}, {"stages": [0]}], ids=str)
+def test_a_part_that_was_regulated_alone_is_loaded_into_the_whole(options, tmp_path):
+    from timm import create_model
+
+    def build():
+        return create_model("resnet18", num_classes=3).eval()
+
+    model = build()
+    model.layer3 = stirred(model.layer3, **options)
+    save(model, tmp_path / "a")
+    for again in (load(build(), tmp_path / "a"), load(build(), tmp_path / "a", inplace=True)):
+        assert same(again, model)
+        assert torch.equal(again(X), model(X))
+        save(again, tmp_path / "b")
+        assert same(load(build(), tmp_path / "b"), model)
+
+
+def test_two_parts_that_were_regulated_alone_are_loaded_into_the_whole(tmp_path):
+    class Pair(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = network("resnet18"), network("resnet18")
+
+        def forward(self, x):
+            return self.a(x) + self.b(x)
+
+    model = Pair().eval()
+    model.a, model.b = stirred(model.a), stirred(model.b)
+    save(model, tmp_path / "a")
+    assert same(load(Pair().eval(), tmp_path / "a"), model)

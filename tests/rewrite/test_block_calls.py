@@ -97,6 +97,17 @@ def test_blocks_called_in_order_are_the_stage():
     assert STACK.memories == ()
 
 
+def test_a_stage_that_is_cut_trains_what_is_behind_the_cut():
+    """As in split learning, and for the gradient of a map within a stage."""
+    stage = stirred(network("resnet34")).layer1
+    with torch.no_grad():
+        cut = stage[0](torch.randn(2, 64, 16, 16))
+    cut = cut.detach().requires_grad_()
+    stage[2](stage[1](cut)).square().mean().backward()
+    assert cut.grad.abs().sum() > 0
+    assert stage[1].conv1.weight.grad is not None and stage[0].conv1.weight.grad is None
+
+
 def test_passes_by_hand_that_take_turns_do_not_meet():
     """As in a pipeline, or in generators and tasks of one thread."""
     stage = stirred(network("resnet34")).layer1

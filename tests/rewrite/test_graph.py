@@ -23,6 +23,7 @@ from regulate import (
     unregulate,
 )
 from regulate.models.cifar import CifarBlock
+from regulate.rewrite.lookup import containers
 from regulate.testing import distance
 
 from ..helpers import network, stir
@@ -101,6 +102,31 @@ def test_what_was_done_to_the_graph_since_stays():
     model.recompile()
     with torch.no_grad():
         assert torch.equal(unregulate(model)(X), -plain(X))
+
+
+def test_a_pickle_and_a_transform_are_given_back_as_well(tmp_path):
+    plain = graph("resnet18")
+    model = stir(regulate(plain)).eval()
+    for other in (pickle.loads(pickle.dumps(model)), fx.Transformer(model).transform(), copy.deepcopy(model)):
+        save(other, tmp_path / "model.safetensors")
+        with torch.no_grad():
+            assert torch.equal(load(graph("resnet18"), tmp_path / "model.safetensors").eval()(X), model(X))
+            back = unregulate(other)
+            assert not is_regulated(back) and [k for k in back.state_dict() if "regulator" in k] == []
+            assert torch.equal(back(X), plain(X))
+
+
+def test_a_graph_within_a_graph_is_given_back():
+    plain = graph("resnet18")
+    inner = stir(regulate(plain, stages=[1]))
+    traced = fx.Graph()
+    traced.output(traced.call_module("inner", (traced.placeholder("x"),)))
+    outer = fx.GraphModule({"inner": inner}, traced)
+    assert [path for path, _, _ in containers(outer)] == ["inner"]
+    with torch.no_grad():
+        assert not torch.equal(outer(X), plain(X))
+        assert torch.equal(unregulate(outer)(X), plain(X))
+    assert not is_regulated(outer.inner)
 
 
 def test_inplace_save_and_load(tmp_path):

@@ -11,10 +11,11 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from regulate import BlockCallError, regulate
 from regulate.models.cifar import CifarBlock
+from regulate.rewrite import recompute
 from regulate.rewrite.carrier import STACK
 from regulate.rewrite.lookup import chains
 
-from ..helpers import stir
+from ..helpers import network, stir
 
 pytestmark = pytest.mark.slow
 
@@ -211,3 +212,81 @@ def test_a_state_is_kept_once_a_segment_and_one_segment_at_a_time_is_computed_ag
     # H as the cell made it, and the map before and behind the fusion's norm; C of an LSTM. H behind its norm only where
     # another block of the segment goes on with it.
     assert most < blocks * (3 + maps) - (blocks == 1) + 0.1
+
+
+class Conditioned(nn.Module):
+    """Blocks that a checkpoint is given another tensor first, the same for all."""
+
+    checkpoints = False
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.stage = nn.ModuleList(Conditional() for _ in range(8))
+        self.register_buffer("shared", torch.ones(1, 8, 1, 1))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.stage:
+            x = checkpoint(block, self.shared, x, use_reentrant=False) if self.checkpoints else block(self.shared, x)
+        return x
+
+
+class Conditional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, shared, x):
+        return x + self.conv2(torch.relu(self.conv1(x) * shared))
+
+
+def slopes(model, x, run):
+    model.zero_grad()
+    run(model, x).square().mean().backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def test_blocks_that_share_their_first_tensor():
+    model = stir(regulate(Conditioned().double(), "gru"))
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    expected = slopes(model, x, lambda m, x: m(x))
+    model.checkpoints = True
+    for _ in range(10):
+        model(x)
+    notes = getattr(recompute._storage((model.shared,)), recompute._NOTES)
+    assert len(notes) == 7 * recompute._KEPT, "each block but the first keeps its last notes, and no more"
+    found = slopes(model, x, lambda m, x: m(x))
+    assert all(torch.allclose(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_notes_that_are_gone_are_missed():
+    model = stir(regulate(Conditioned().double(), "gru"))
+    model.checkpoints = True
+    first = model(torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    for _ in range(recompute._KEPT):
+        model(torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    with pytest.raises(BlockCallError):
+        first.sum().backward()
+
+
+def test_a_checkpoint_within_a_checkpoint():
+    model = stir(regulate(network("resnet18").double(), "gru"))
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    expected = slopes(model, x, lambda m, x: m(x))
+    model.set_grad_checkpointing()
+    assert model.grad_checkpointing
+    for run in (lambda m, x: m(x), checkpointed, lambda m, x: checkpointed(Checkpointed(m), x)):
+        found = slopes(model, x, run)
+        assert all(torch.allclose(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_a_checkpoint_begins_with_the_block():
+    model = stir(regulate(network("resnet18").double(), "gru"))
+    x = torch.randn(2, 64, 16, 16, dtype=torch.float64, requires_grad=True)
+    expected = slopes(model.layer1, x, lambda stage, x: stage(x * 1))
+    found = slopes(model.layer1, x, lambda stage, x: checkpointed(lambda x: stage(x * 1), x))
+    assert all(torch.allclose(a, b) for a, b in zip(expected, found, strict=True))
+    y = each([lambda x, block=block: block(x * 1) for block in model.layer1], x)
+    with pytest.raises(BlockCallError, match="begin the checkpoint with the block"):
+        y.sum().backward()

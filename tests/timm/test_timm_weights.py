@@ -10,7 +10,7 @@ import torch
 from timm.models import load_checkpoint
 from torch import nn
 
-from regulate import CheckpointError, is_regulated, regulator_parameters, unregulate
+from regulate import CheckpointError, is_regulated, regulate, regulator_parameters, unregulate
 from regulate.rewrite.guard import regulators
 
 from ..helpers import stir
@@ -69,6 +69,15 @@ def test_a_state_that_does_not_hold_all_blocks_leaves_the_regulators_alone(train
     unregulate(model)
     model.load_state_dict(build("resnet18").state_dict())
     assert not is_regulated(model)
+
+
+def test_a_network_that_was_regulated_anew_takes_plain_weights(plain):
+    model = regulate(unregulate(build()), stages=[0])
+    model.load_state_dict(build("resnet18").state_dict())
+    model.init_weights()
+    assert [path for path, _ in regulators(model)] == ["layer1.0.regulator", "layer1.1.regulator"]
+    model.load_state_dict(plain.state_dict())
+    assert torch.equal(out(model), out(plain))
 
 
 class PlainCell(nn.Module):

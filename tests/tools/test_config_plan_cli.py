@@ -10,13 +10,17 @@ import sys
 
 import pytest
 from timm import create_model
+from torch import nn
 
 from regulate import NoBlocksError, Plan, RegulatorConfig, plan, regulate
 from regulate.config import Options
 from regulate.models.by_name import load_model
 from regulate.models.cifar import cifar_resnet
 from regulate.rewrite.guard import regulators
+from regulate.testing import verify
 from regulate.tools.cli import main
+
+from ..helpers import small, small_block
 
 pytestmark = pytest.mark.slow
 
@@ -158,6 +162,12 @@ def test_cli_verify_passes(capsys):
     assert figures["blocks"] == 8
     assert 0 <= figures["eval_error"] < 1e-5
     assert figures["without_gradient"] == []
+
+
+def test_verify_regulates_at_the_size_that_it_runs_at():
+    blocks = small(*(small_block() for _ in range(3)))
+    model = nn.Sequential(blocks, nn.Flatten(), nn.Linear(8 * 16 * 16, 5))
+    assert verify(model, RegulatorConfig(), (3, 16, 16)).passed
 
 
 def test_cli_verify_takes_video(capsys):

@@ -14,6 +14,7 @@ from timm import create_model
 from regulate import freeze_backbone, regulate, regulator_parameters
 from regulate.models.by_name import load_model
 from regulate.models.cifar import cifar_resnet
+from regulate.training.gradients import GradientWatch
 
 from ..helpers import network, stirred
 
@@ -113,3 +114,16 @@ def test_freezing_is_reversible_and_survives_copies():
         freeze_backbone(other, False).train()
         assert other.bn1.training
         assert {name: p.requires_grad for name, p in other.named_parameters()} == flags
+
+
+def test_a_copy_of_a_watched_model_gives_no_warning_of_its_own(recwarn):
+    model = regulate(network("resnet18")).train()
+    watch = GradientWatch(model, steps=3)
+    other = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        other(torch.randn(2, 3, 64, 64)).square().mean().backward()
+        optimizer.step()
+    assert watch.seen == 0
+    assert not [one for one in recwarn if "no gradient has reached" in str(one.message)]
