@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -147,9 +146,7 @@ def _prepared(
     """Prepare what the record of a file of `save` says, and check that its tensors fit."""
     check_identity(record["model"], identity(model))
     config = RegulatorConfig.from_dict(record["config"])
-    # By their first blocks: the options may be those of a part that was regulated alone, which had other names.
-    there = replace(config, stages=tuple(stage[0]["name"] for stage in record["plan"]))
-    planned = make_plan(model, there, input_size, example_inputs)
+    planned = make_plan(model, config, input_size, example_inputs)
     check_layout(record["plan"], layout([stage.blocks for stage in planned.stages]))
     prepared = prepare(model, planned, config)
     base = model.state_dict()
@@ -180,7 +177,9 @@ def options_of(model: nn.Module) -> RegulatorConfig:
                 f"a checkpoint cannot hold the code of a cell of your own, {type(regulator.cell).__name__}; keep the "
                 "code, store model.state_dict(), and load it after regulate(model, cell=...)"
             )
-    return RegulatorConfig.from_dict(found[0])
+    # Of a part that was regulated alone, or of a whole that is a part now, the names of stages were others.
+    moved = any(path != record.path for path, _, record in containers(model))
+    return RegulatorConfig.from_dict(found[0] | ({"stages": [s[0].name for s in blocks(model)]} if moved else {}))
 
 
 def _check_whole(model: nn.Module) -> None:

@@ -126,7 +126,7 @@ def _install(model: nn.Module, path: str, plan: Plan, fusions: dict[str, Fusion]
     container = model.get_submodule(path)
     stages = tuple(_below(stage, path) for stage in plan.stages if stage.container == path)
     made = tuple(Chain(f"stage {stage.name}", len(stage.blocks)) for stage in stages)
-    record = Record(stages, made, plan.options)
+    record = Record(stages, made, plan.options, path)
     own = {relative(block, path): fusion for block, fusion in fusions.items() if is_inside(block, path)}
     if isinstance(container, fx.GraphModule):
         install_in_graph(container, record, own, undo)

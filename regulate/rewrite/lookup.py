@@ -46,11 +46,13 @@ class Record:
         stages: the stages that it runs, their paths relative to it.
         chains: the identity of each stage.
         options: the plan's options.
+        path: of the container in the model that was regulated.
     """
 
     stages: tuple[Stage, ...]
     chains: tuple[Chain, ...]
     options: dict[str, Any]
+    path: str
 
 
 def containers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Record]]:

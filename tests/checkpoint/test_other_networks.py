@@ -102,3 +102,11 @@ def test_two_parts_that_were_regulated_alone_are_loaded_into_the_whole(tmp_path)
     model.a, model.b = stirred(model.a), stirred(model.b)
     save(model, tmp_path / "a")
     assert same(load(Pair().eval(), tmp_path / "a"), model)
+
+
+def test_a_whole_that_became_a_part_and_a_part_of_a_whole_are_loaded(tmp_path):
+    model = stirred(network("resnet18"))
+    save(torch.nn.Sequential(model), tmp_path / "a")
+    assert same(load(torch.nn.Sequential(network("resnet18")), tmp_path / "a")[0], model)
+    save(model.layer3, tmp_path / "b")
+    assert same(load(network("resnet18").layer3, tmp_path / "b"), model.layer3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from timm.models._hub import save_for_hf
 
-from regulate import from_pretrained, load, save, save_pretrained
+from regulate import from_pretrained, load, regulate, save, save_pretrained, unregulate
 
 from .regulated import NAME, build, lively, out
 
@@ -51,3 +51,11 @@ def test_files_and_folders_of_regulate_come_and_go(original, tmp_path):
     save_pretrained(model, tmp_path / "folder")
     assert torch.equal(out(from_pretrained(tmp_path / "folder")), out(model))
     assert torch.equal(out(build(f"local-dir:{tmp_path / 'folder'}", pretrained=True)), out(model))
+
+
+def test_the_options_are_those_of_the_last_regulate(tmp_path):
+    model = regulate(unregulate(build(cell="gru", stages=[1, 2])), "rnn", norm="none")
+    save_pretrained(model, tmp_path)
+    arguments = json.loads((tmp_path / "config.json").read_text())["model_args"]
+    assert (arguments["cell"], arguments["norm"]) == ("rnn", "none") and "stages" not in arguments
+    assert torch.equal(out(build(f"local-dir:{tmp_path}", pretrained=True)), out(model))
