@@ -9,7 +9,9 @@ import torch
 from timm.models._hub import save_for_hf
 
 from regulate import from_pretrained, load, regulate, save, save_pretrained, unregulate
+from regulate.rewrite.guard import regulators
 
+from ..helpers import stir
 from .regulated import NAME, build, lively, out
 
 pytestmark = pytest.mark.slow
@@ -59,3 +61,12 @@ def test_the_options_are_those_of_the_last_regulate(tmp_path):
     arguments = json.loads((tmp_path / "config.json").read_text())["model_args"]
     assert (arguments["cell"], arguments["norm"]) == ("rnn", "none") and "stages" not in arguments
     assert torch.equal(out(build(f"local-dir:{tmp_path}", pretrained=True)), out(model))
+
+
+def test_a_folder_of_a_part_that_was_regulated_alone_opens_in_timm(tmp_path):
+    model = build("resnet18")
+    model.layer3 = stir(regulate(model.layer3)).eval()
+    save_pretrained(model, tmp_path)
+    again = build(f"local-dir:{tmp_path}", pretrained=True)
+    assert torch.equal(out(again), out(model))
+    assert [path.split(".")[0] for path, _ in regulators(again)] == ["layer3", "layer3"]
