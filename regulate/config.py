@@ -45,7 +45,8 @@ class RegulatorConfig:
             comparison; `"random"` is for training from scratch.
         norm: of what is new: `"auto"` follows the block's own norm, else `"batch"`, `"group"` or `"none"`.
         stages: names or 0-based indices, in forward order, of the stages to regulate; `None` is all of them, and
-            `plan(model)` lists them. The paper's RegNet(i) is `stages=[i - 1]`.
+            `plan(model)` lists them. The name of a stage's first block will do. The paper's RegNet(i) is
+            `stages=[i - 1]`.
         seed: seed of the private generator for new weights; `None` takes `torch.initial_seed()`. The global
             generator is not used.
 
