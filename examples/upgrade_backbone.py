@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 from experiments import batches, record
-from experiments.checkpoint import NAME, Run, alone
+from experiments.checkpoint import NAME, Run, alone, keep_what_is_there
 from experiments.data import Data
-from experiments.loop import data_of, fit, keep_what_is_there
+from experiments.loop import data_of, fit
 from experiments.messages import EXPECTED, one_line
 from experiments.networks import build
 from experiments.options import COUNT, Options, at_least

@@ -85,6 +85,21 @@ def read(path: Path) -> dict[str, Any]:
     return state
 
 
+def keep_what_is_there(out: Path, resume: bool) -> None:
+    """Make sure that no run's epochs are lost to one that was meant to go on, or for another folder.
+
+    Raises:
+        TrainingError: they would be.
+    """
+    path = out / NAME
+    if resume or not path.exists():
+        return
+    if done := len(read(path)["history"]):
+        raise TrainingError(
+            f"{path} holds {done} epochs of a run; give --resume to go on with it, or another --out to begin another"
+        )
+
+
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Keep other processes from training in a folder, which is made: they would spoil each other's checkpoints.

@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
+from .messages import one_line
 from .sources import DataError
 
 
@@ -27,8 +28,9 @@ def read(path: str) -> Image.Image:
                 raise ValueError(f"its mode is {image.mode}, of more than 8 bits; scale it to 8")
             return image.convert("RGB")
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path} cannot be read ({reason}); replace it or take it out of the folder") from error
+        raise DataError(
+            f"{path} cannot be read ({one_line(error)}); replace it or take it out of the folder"
+        ) from error
 
 
 class Readable(ImageFolder):

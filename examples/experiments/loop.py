@@ -16,7 +16,7 @@ from torch import nn
 from regulate.training.gradients import GradientWatch
 
 from . import batches, record
-from .checkpoint import NAME, Run, TrainingError, alone, read, written
+from .checkpoint import NAME, Run, TrainingError, alone, keep_what_is_there, written
 from .data import Data, load
 from .networks import build
 from .options import Options, Recipe
@@ -45,21 +45,6 @@ def _train(job: Job) -> dict[str, Any]:
     if job.at.rank == 0:
         _write(report, model, job.out)
     return report
-
-
-def keep_what_is_there(out: Path, resume: bool) -> None:
-    """Make sure that no run's epochs are lost to one that was meant to go on, or for another folder.
-
-    Raises:
-        TrainingError: they would be.
-    """
-    path = out / NAME
-    if resume or not path.exists():
-        return
-    if done := len(read(path)["history"]):
-        raise TrainingError(
-            f"{path} holds {done} epochs of a run; give --resume to go on with it, or another --out to begin another"
-        )
 
 
 def data_of(options: Options) -> Data:

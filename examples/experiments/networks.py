@@ -11,6 +11,7 @@ import regulate
 from regulate.models.cifar import cifar_resnet
 
 from .data import Data
+from .messages import one_line
 from .options import CIFAR_MODELS, Options
 
 
@@ -65,9 +66,9 @@ def _try(model: nn.Module, options: Options, data: Data) -> None:
     try:
         model.eval()(torch.zeros(1, *shape))
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"{options.model} does not take images of {'x'.join(map(str, shape))} ({reason}); give another --size"
+            f"{options.model} does not take images of {'x'.join(map(str, shape))} ({one_line(error)}); "
+            "give another --size"
         ) from error
     model.train()
 

@@ -15,7 +15,8 @@ from .registry import Experiment, Job, jobs
 Report = Mapping[str, Any]
 Runs = Mapping[str, Sequence[Report]]
 # What tables and pictures are made from.
-_FIGURES = ("top1", "epochs", "seconds", "parameters", "machine", "recipe")
+_NUMBER = (int, float)
+_FIGURES = {"top1": _NUMBER, "epochs": list, "seconds": _NUMBER, "parameters": int, "machine": dict, "recipe": dict}
 
 
 def read_runs(experiment: Experiment, results: Path) -> dict[str, list[Report]]:
@@ -38,14 +39,14 @@ def read_run(job: Job, results: Path) -> Report | None:
         ValueError: the file is damaged, or of a run with other options, or another start, than those registered.
     """
     path = results / f"{job.key}.json"
-    report = _read(job, path, (*_FIGURES, "start") if job.start_key else _FIGURES)
+    report = _read(job, path, _FIGURES | {"start": dict} if job.start_key else _FIGURES)
     if report is None:
         return None
-    if not (isinstance(report["top1"], (int, float)) and 0 <= report["top1"] <= 100):
+    if not 0 <= report["top1"] <= 100:
         raise _damaged(path, f"top1 is {report['top1']!r}")
     other = [] if report["recipe"] == json.loads(json.dumps(asdict(job.options.plan()))) else ["recipe"]
     start = results / f"{job.start_key}.safetensors"
-    if job.start_key and start.exists() and report["start"]["sha256"] != digest(str(start)):
+    if job.start_key and start.exists() and report["start"].get("sha256") != digest(str(start)):
         other += ["start"]
     if other:
         raise _another(path, other)
@@ -58,10 +59,10 @@ def read_failure(job: Job, results: Path) -> Report | None:
     Raises:
         ValueError: the file is damaged, or of a run with other options than those that are registered.
     """
-    return _read(job, results / f"{job.failed_key}.json", ("error",))
+    return _read(job, results / f"{job.failed_key}.json", {"error": str})
 
 
-def _read(job: Job, path: Path, wanted: Sequence[str]) -> Report | None:
+def _read(job: Job, path: Path, wanted: Mapping[str, Any]) -> Report | None:
     """Return what a file says of a job, None without a file; it must be of this job, and whole."""
     if not path.exists():
         return None
@@ -71,6 +72,8 @@ def _read(job: Job, path: Path, wanted: Sequence[str]) -> Report | None:
         found = {**_plain(Options()), **report["options"]}  # with what is younger than the run
         if missing := sorted(set(wanted) - report.keys()):
             raise KeyError(missing[0])
+        if wrong := sorted(name for name, kind in wanted.items() if not isinstance(report[name], kind)):
+            raise TypeError(wrong[0])
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, repr(error)) from error
     other = sorted(name for name, value in _plain(job.options).items() if found[name] != value)

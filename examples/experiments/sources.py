@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .messages import one_line
+
 Arrays = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 Reader = Callable[[str], bytes]
 
@@ -59,8 +61,7 @@ def read(name: str, split: str, folder: Path) -> Arrays:
     except MissingDataError:
         raise
     except _DAMAGED as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{name} in {folder} cannot be read ({reason}); delete it and get it again") from error
+        raise DataError(f"{name} in {folder} cannot be read ({one_line(error)}); delete it and get it again") from error
 
 
 def _cifar(name: str, split: str, folder: Path) -> Arrays:

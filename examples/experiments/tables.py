@@ -91,7 +91,7 @@ def _mean_and_spread(values: Sequence[float]) -> str:
 
 def _seconds(arm: Sequence[Report]) -> float:
     """Of training, of the processor where it did the work: a machine that others use does not change that much."""
-    kind = "processor_seconds" if arm[0]["machine"]["device"] == "cpu" else "seconds"
+    kind = "processor_seconds" if arm[0]["machine"].get("device") == "cpu" else "seconds"
     return statistics.mean(one.get(kind, one["seconds"]) for one in arm)
 
 

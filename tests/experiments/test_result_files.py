@@ -54,6 +54,8 @@ def test_the_registered_run_counts(tmp_path):
         (report(recipe=RECIPE | {"decay": 0.5}), r"another run \(other recipe\)"),
         (report(options=None), "no whole result"),
         (report(top1="88"), "no whole result.*top1"),
+        (report(machine=None), "no whole result.*machine"),
+        (report(epochs=3), "no whole result.*epochs"),
         (report(top1=math.nan), "no whole result.*top1"),
         (report(top1=8800), "no whole result.*top1"),
         *(({k: v for k, v in report().items() if k != name}, f"no whole result.*{name}") for name in FIGURES),
