@@ -14,7 +14,10 @@ from torchvision.datasets import CIFAR10
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import train
+from experiments import data, loop
+from experiments.options import options_of
 from experiments.place import Place
+from torch import nn
 
 ROOT = Path(__file__).parents[2]
 HERE = Place(0, 1, torch.device("cpu"))
@@ -24,6 +27,13 @@ TINY = ("--subset", "64", "--quiet", "--model", "resnet20")
 def run(folder, *arguments):
     assert train.main([*TINY, "--out", str(folder), *arguments]) == 0
     return json.loads((folder / "run.json").read_text())
+
+
+def fitted(folder, *arguments, model=None):
+    """The state after a run of a network that is given, by default a linear layer, on 64 digits."""
+    options = options_of(["--quiet", *arguments])
+    model = model or nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(16, 10))
+    return loop.fit(model, data.load("digits", subset=64), loop.Job(options, options.plan(), HERE, folder))
 
 
 def figures(report):

@@ -15,7 +15,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import train
-from experiments import batches, data
+from experiments import batches, data, loop
 from experiments.folders import Drawn, read
 from experiments.messages import one_line
 from experiments.options import Options
@@ -164,16 +164,24 @@ def test_a_network_for_another_size_says_so(folder, capsys):
     assert "give another --size" in says(capsys, folder, "--model", "timm/vit_tiny_patch16_224")
 
 
-def test_the_sizes_blocks_are_planned_at_is_that_of_the_images(folder, capsys):
-    said = says(capsys, folder, "--model", "timm/vit_tiny_patch16_224", "--cell", "gru")
-    assert "give another --size" in said
-
-
-def test_images_are_tested_in_batches_as_asked(folder):
+def test_all_images_are_tested_in_batches_as_asked(folder):
     options = Options("imagefolder", str(folder), size=32, batch=4)
-    found = batches.testing(data.load("imagefolder", str(folder), size=32), options, HERE)
-    assert {len(labels) for _, labels in found} == {4}
+    found = [labels for _, labels in batches.testing(data.load("imagefolder", str(folder), size=32), options, HERE)]
+    assert {len(labels) for labels in found} == {4}
+    assert torch.cat(found).tolist() == [0] * 8 + [1] * 8
 
+
+@pytest.mark.parametrize(
+    ("model", "white", "interpolation"),
+    [("timm/inception_resnet_v2", (1.0, 1.0, 1.0), "bicubic"), ("resnet20", (2.2489, 2.4286, 2.64), "bilinear")],
+)
+def test_images_look_as_timms_network_knows_them(model, white, interpolation, folder):
+    imsave(folder / "val" / "a" / "0.png", np.ones((48, 40, 3)))
+    loaded = loop.data_of(Options("imagefolder", str(folder), size=32, model=model))
+    assert loaded.test[0][0][:, 5, 5].tolist() == pytest.approx(white, abs=1e-3)
+    for split in (loaded.train, loaded.test):
+        assert f"interpolation={interpolation}" in str(split.transform)
+        assert str(loaded.test.transform.transforms[-1]) == str(split.transform.transforms[-1])
 
 def test_what_a_loaders_process_said_is_one_line():
     text = "Caught DataError in DataLoader worker process 0.\nOriginal Traceback:\n  File\nmodule.DataError: a: b\nc"
