@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,7 +23,7 @@ import train
 from experiments import batches, data, loop, networks
 from experiments.options import RECIPES, Options, options_of
 
-from .runs import HERE, ROOT, cifar_files, figures, run
+from .runs import HERE, cifar_files, figures, run
 
 pytestmark = pytest.mark.gate
 
@@ -88,32 +86,6 @@ def test_the_same_seed_is_the_same_run_and_another_is_not(cell, tmp_path):
         for name, seed in (("a", "1"), ("b", "1"), ("c", "2"))
     )
     assert a == b != c
-
-
-def test_two_processes_train_on_the_recipes_batch(tmp_path):
-    job = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "examples" / "train.py")]
-    arguments = [
-        "--model",
-        "resnet20",
-        "--subset",
-        "64",
-        "--cell",
-        "gru",
-        "--epochs",
-        "2",
-        "--quiet",
-        "--out",
-        str(tmp_path),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, "-W", "ignore", *job, *arguments], env=environment, check=True, cwd=ROOT, timeout=300
-    )
-    report = json.loads((tmp_path / "run.json").read_text())
-    assert report["machine"]["processes"] == 2
-    assert report["recipe"]["batch"] == 32
-    assert len(report["epochs"]) == 2
-    assert not [key for key in load_file(tmp_path / "model.safetensors") if key.startswith("module.")]
 
 
 def test_options_of_speed_run(tmp_path):

@@ -183,6 +183,7 @@ def test_images_look_as_timms_network_knows_them(model, white, interpolation, fo
         assert f"interpolation={interpolation}" in str(split.transform)
         assert str(loaded.test.transform.transforms[-1]) == str(split.transform.transforms[-1])
 
+
 def test_what_a_loaders_process_said_is_one_line():
     text = "Caught DataError in DataLoader worker process 0.\nOriginal Traceback:\n  File\nmodule.DataError: a: b\nc"
     assert one_line(RuntimeError(text.removesuffix("\nc"))) == "a: b"
