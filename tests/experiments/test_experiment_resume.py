@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from torchvision.datasets import CIFAR10
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -48,6 +49,18 @@ def test_a_resumed_run_repeats_the_augmentation(tmp_path, fake_cifar):
     torch.rand(7)
     parts = run(tmp_path / "parts", *common, "--resume")
     assert figures(parts) == figures(whole)
+    assert same_network(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_resumed_run_repeats_the_dropout(tmp_path, monkeypatch):
+    def build(options, _):
+        torch.manual_seed(options.seed)
+        return nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Dropout(), nn.Linear(64, 10))
+
+    monkeypatch.setattr(loop, "build", build)
+    whole = run(tmp_path / "whole", "--epochs", "3")
+    run(tmp_path / "parts", "--epochs", "1")
+    assert figures(run(tmp_path / "parts", "--epochs", "3", "--resume")) == figures(whole)
     assert same_network(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -182,6 +195,28 @@ def test_a_damaged_checkpoint_is_one_line(content, tmp_path, capsys):
         said = capsys.readouterr().err
         assert len(said.splitlines()) == 1
         assert f"{path} is no whole checkpoint" in said and "delete it" in said
+
+
+def test_a_checkpoint_runs_no_code(tmp_path, capsys):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    run(tmp_path / "run", "--epochs", "1")
+    path = tmp_path / "run" / "checkpoint.pt"
+    torch.save({**checkpoint.read(path), "parts": [Code()]}, path)
+    assert train.main([*TINY, "--out", str(tmp_path / "run"), "--epochs", "2", "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and "is no whole checkpoint (UnpicklingError); delete it" in said
+    assert not (tmp_path / "made").exists()
+
+
+def test_the_length_of_a_cycle_stays(tmp_path, capsys):
+    common = ("--recipe", "short", "--batch", "64")
+    run(tmp_path, *common, "--epochs", "1")
+    run(tmp_path, *common, "--epochs", "1", "--resume")
+    assert train.main([*TINY, "--out", str(tmp_path), *common, "--epochs", "2", "--resume"]) == 2
+    assert "a run with other epochs; give another folder" in capsys.readouterr().err
 
 
 def test_a_run_that_is_there_is_not_begun_anew(tmp_path, capsys):
