@@ -175,10 +175,24 @@ def options_of(arguments: Sequence[str] | None = None, text: str | None = None) 
         values["milestones"] = tuple(values["milestones"])
     if values["model"] not in CIFAR_MODELS and not values["model"].startswith("timm/"):
         made.error(f"--model takes one of {', '.join(CIFAR_MODELS)}, or timm/NAME; got {values['model']!r}")
-    if values["pretrained"] and not values["model"].startswith("timm/"):
-        made.error("--pretrained is for timm's networks; give --model timm/NAME")
     if values["clip"] is not None and not values["clip"] > 0:
         made.error(f"--clip takes a number above 0, got {values['clip']}; leave it out to clip nothing")
-    if values["cell"] == "none" and (values["stages"] or values["init"] or values["frozen"]):
-        made.error("--stages, --init and --frozen are options of a regulator; give a --cell")
-    return Options(**values)
+    options = Options(**values)
+    for idle, names, why in _idle(options):
+        given = [name for name in names.split() if getattr(options, name) not in (getattr(Options, name), ())]
+        if idle and given:
+            made.error(f"{', '.join('--' + name.replace('_', '-') for name in given)} would do nothing {why}")
+    return options
+
+
+def _idle(options: Options) -> tuple[tuple[bool, str, str], ...]:
+    """Return for options whether they do nothing beside the others, their names, and why, with the next step."""
+    timm = options.model.startswith("timm/")
+    return (
+        (timm, "width shortcut", "to a network of timm; give a CIFAR network as --model, or leave it out"),
+        (not timm, "pretrained", "for a CIFAR network; give --model timm/NAME"),
+        (options.cell == "none", "kernel fusion norm init stages frozen", "without a regulator; give a --cell"),
+        (not options.weights, "new_head", "without a network to start from; give --weights"),
+        (options.plan().rise > 0, "milestones", "in one cycle; give a --recipe of steps, or leave it out"),
+        (options.dataset != "imagefolder", "size", "to images of a fixed size; give --dataset imagefolder"),
+    )

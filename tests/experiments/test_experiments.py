@@ -148,7 +148,7 @@ def test_a_new_head_is_the_classifier(model, tmp_path):
     old = networks.build(options_of(["--model", model, "--seed", "1"]), images)
     save_file(old.state_dict(), tmp_path / "start.safetensors")
     made = networks.build(options_of([*asked, "--weights", str(tmp_path / "start.safetensors")]), images)
-    fresh = networks.build(options_of(asked), images)
+    fresh = networks.build(options_of(["--model", model]), images)
     other = {key for key, value in made.state_dict().items() if not torch.equal(value, old.state_dict()[key])}
     head = {"timm/resnetv2_50x1_bit": "head.fc", "timm/resnet10t": "fc", "resnet20": "fc"}[model]
     assert f"{head}.weight" in other <= {f"{head}.weight", f"{head}.bias"}
@@ -174,7 +174,13 @@ def says(capsys, *arguments):
         (["--model", "resnet21"], "resnet20"),
         (["--model", "timm/nosuch"], "nosuch"),
         (["--cell", "transformer"], "invalid choice"),
-        (["--stages", "1"], "give a --cell"),
+        (["--stages", "1"], "--stages would do nothing without a regulator; give a --cell"),
+        (["--kernel", "dense", "--frozen"], "--kernel, --frozen would do nothing without a regulator; give a --cell"),
+        (["--new-head"], "--new-head would do nothing without a network to start from; give --weights"),
+        (["--recipe", "short", "--milestones", "3"], "--milestones would do nothing in one cycle; give a --recipe of"),
+        (["--model", "timm/resnet18", "--width", "8"], "--width would do nothing to a network of timm; give a CIFAR"),
+        (["--model", "timm/resnet18", "--shortcut", "A"], "--shortcut would do nothing to a network of timm"),
+        (["--size", "64"], "--size would do nothing to images of a fixed size; give --dataset imagefolder"),
         (["--cell", "gru", "--stages", "7"], "there is no stage 7"),
         (["--subset", "5000"], "at most"),
         (["--subset", "10"], "smaller --batch"),

@@ -35,6 +35,7 @@ def test_what_is_asked_for_goes_before_the_recipe():
     assert (plan.epochs, plan.batch) == (5, 7)
     assert [plan.rate_at(epoch) for epoch in range(5)] == pytest.approx([0.5, 0.5, 0.05, 0.05, 0.005])
     assert options_of(["--milestones"]).plan().rate_at(39) == 0.1
+    assert options_of(["--recipe", "short", "--milestones"]).plan().milestones == ()
 
 
 @pytest.mark.parametrize(
