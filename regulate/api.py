@@ -14,6 +14,7 @@ from .config import Cell, Options, RegulatorConfig, resolve_config, with_signatu
 from .rewrite.freezing import release
 from .rewrite.guard import check_model, check_regulated, regulators, unwrapped
 from .rewrite.install import check_removable, prepare, uninstall
+from .rewrite.lookup import regulator_keys
 from .schema.plan import Plan
 
 
@@ -190,5 +191,5 @@ def regulator_state_dict(model: nn.Module) -> dict[str, Tensor]:
         'layer1.0.regulator.cell.gates.bias'
     """
     check_regulated(model)
-    roots = tuple(f"{path}." for path, _ in regulators(model))
-    return {key: value for key, value in model.state_dict().items() if key.startswith(roots)}
+    keys = regulator_keys(model)
+    return {key: value for key, value in model.state_dict().items() if key in keys}

@@ -142,7 +142,7 @@ def resolve_config(config: RegulatorConfig | None, cell: Cell, options: Options)
             f"{unknown[0]!r}; see RegulatorConfig"
         )
     given = RegulatorConfig(cell, **options)  # type: ignore[arg-type]
-    if config is not None and given != RegulatorConfig():
+    if config is not None and (options or cell != RegulatorConfig.cell):
         raise TypeError("config= holds every option, but other options were given beside it; pass one or the other")
     return config or given
 

@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._compat.compiler import as_written
 from .nn.cells import GateConv, gate_names
 from .nn.regulator import Fusion
-from .rewrite.disable import disabled
+from .rewrite.disable import disabled, is_off
 from .rewrite.guard import check_regulated, regulators, unwrapped
-from .rewrite.lookup import blocks, check_blocks_are_called
+from .rewrite.lookup import chains, check_blocks_are_called, regulated_blocks
 from .utils.modes import in_mode
 
 # Gates in (-1, 1); the others are in (0, 1).
@@ -85,6 +86,7 @@ def record(model: nn.Module, images: Tensor) -> dict[str, list[Step]]:
 
     Raises:
         NotRegulatedError: there are no regulators.
+        ValueError: they are switched off.
 
     Examples:
         >>> from regulate import regulate
@@ -94,6 +96,8 @@ def record(model: nn.Module, images: Tensor) -> dict[str, list[Step]]:
         (['layer1.0', 'layer1.1'], ['f', 'g', 'i', 'o'])
     """
     tape = _Tape()
+    if any(is_off(chain) for chain in chains(model)):
+        raise ValueError("record follows the regulators, and they are switched off here; call it outside of `disabled`")
     with ExitStack() as hooks:
         _listen(tape, unwrapped(model), hooks)
         out = outputs(model, images)
@@ -102,13 +106,21 @@ def record(model: nn.Module, images: Tensor) -> dict[str, list[Step]]:
 
 def stages(model: nn.Module) -> list[list[str]]:
     """Return the paths of the regulated blocks, stage by stage."""
-    return [[block.name for block in stage] for stage in blocks(unwrapped(model))]
+    held = [(path, place) for path, place in regulated_blocks(unwrapped(model))]
+    lines = {
+        place.chain: sorted((one.index, path) for path, one in held if one.chain is place.chain) for _, place in held
+    }
+    return [[path for _, path in line] for line in lines.values()]
 
 
 def _listen(tape: _Tape, model: nn.Module, hooks: ExitStack) -> None:
     """Let a tape hear what regulators and gates put out, until the hooks are taken away."""
     for path, fusion in regulators(model):
-        hooks.enter_context(fusion.register_forward_hook(partial(tape.on_fusion, path.removesuffix(".regulator"))))
+        for part in fusion.modules():  # a wrapper may have been put around it
+            if isinstance(part, Fusion):
+                hooks.enter_context(
+                    part.register_forward_hook(partial(tape.on_fusion, path.removesuffix(".regulator")))
+                )
         cell = getattr(fusion, "cell", None)
         if cell is not None:
             hooks.enter_context(cell.register_forward_pre_hook(tape.on_cell))
@@ -185,7 +197,7 @@ def outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     def note(name: str, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         found[name] = (out if isinstance(out, Tensor) else out[0]).clone()
 
-    with in_mode(model, training=False), torch.no_grad(), ExitStack() as hooks:
+    with in_mode(model, training=False), torch.no_grad(), as_written(), ExitStack() as hooks:
         for name in itertools.chain.from_iterable(stages(model)):
             block = unwrapped(model).get_submodule(name)
             hooks.enter_context(block.register_forward_hook(partial(note, name)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -51,6 +53,14 @@ def constant_while_compiling(function: Function) -> Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Let compiled code run as it was written, with the hooks that it has now. What was compiled stays."""
+    # Without the compiler there is none, and to import it takes a second.
+    with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
+        yield
 
 
 def compiled(model: nn.Module) -> nn.Module | None:

@@ -78,6 +78,9 @@ def symbols_are_tensors() -> Iterator[None]:
     Only where Python code asks. A symbol whose `__class__` says so would be unpacked as a tensor by torch's C code,
     where it stands for a size, and that kills the process.
     """
+    # The compiler, if the traced code were to import it, would keep the replacement as the built-in function.
+    import torch._dynamo
+
     original, converted = builtins.isinstance, torch.as_tensor
 
     def asked(value: Any, kind: Any) -> bool:

@@ -37,8 +37,8 @@ def prepared_for(model: nn.Module, tensors: Mapping[str, Tensor], input_size: An
     configs = (replace(config, norm=norm) for norm in CHOICES["norm"])
     made = (prepare(model, make_plan(model, one, input_size, example_inputs), one) for one in configs)
     first = next(made)  # which follows the block's own norm
-    prepared = next((one for one in chain([first], made) if {*base, *one.state_dict()} == tensors.keys()), first)
-    check_tensors({**base, **prepared.state_dict()}, tensors)
+    prepared = next((one for one in chain([first], made) if {*base, *one.state_dict(model)} == tensors.keys()), first)
+    check_tensors({**base, **prepared.state_dict(model)}, tensors)
     return prepared
 
 

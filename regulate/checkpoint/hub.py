@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ def save_pretrained(
         folder: made if it is not there; upload it with `huggingface_hub.upload_folder`.
         model_args: arguments of `timm.create_model` that the network was built with, as JSON values, where
             timm did not keep them itself.
-        metrics: what was measured, by name, such as `{"top-1 (%)": 91.2}`; goes into the card.
+        metrics: what was measured, by name, such as `{"top-1 (%)": 91.2}`; goes into the card; where it
+            is there already, a warning says that it stays.
 
     Raises:
         NotRegulatedError: there are no regulators.
@@ -79,6 +81,9 @@ def save_pretrained(
     if not (folder / CARD).exists():
         with replaced(folder / CARD) as temporary:
             temporary.write_text(model_card(model, options_of(model), metrics), encoding="utf-8")
+    elif metrics:
+        note = f"{folder / CARD} is there and stays as it is, without these metrics; remove it to have it written anew"
+        warnings.warn(note, stacklevel=2)
 
 
 def from_pretrained(

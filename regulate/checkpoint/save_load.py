@@ -16,7 +16,7 @@ from ..errors import CheckpointError, RegulateError
 from ..nn.cells import CELLS
 from ..rewrite.guard import check_model, check_regulated, regulators, unwrapped
 from ..rewrite.install import Prepared, prepare
-from ..rewrite.lookup import blocks, chains, containers, whole
+from ..rewrite.lookup import blocks, chains, containers, displaced, regulator_keys, whole
 from ..schema.text import first_line, last_line
 from ..utils.rollback import all_or_nothing
 from .archive import read, write
@@ -67,10 +67,10 @@ def save(model: nn.Module, path: File, *, regulator_only: bool = False, also: Se
         "content": "regulator" if regulator_only else "all",
     }
     if regulator_only:
-        kept = (*(path for path, _ in regulators(model)), *_checked(also, state))
+        kept = regulator_keys(model) | {key for key in state if _under(key, _checked(also, state))}
         record["also"] = list(also)
-        record["backbone"] = fingerprint({key: value for key, value in state.items() if not _under(key, kept)})
-        state = {key: value for key, value in state.items() if _under(key, kept)}
+        record["backbone"] = fingerprint({key: value for key, value in state.items() if key not in kept})
+        state = {key: value for key, value in state.items() if key in kept}
     elif also:
         raise ValueError("also= adds to regulator_only=True; without it everything is stored, leave also= out")
     write(path, state, record)
@@ -154,7 +154,7 @@ def _prepared(
         kept = tuple(_checked(record["also"], base))
         check_backbone(record["backbone"], {key: value for key, value in base.items() if not _under(key, kept)})
         base = {key: value for key, value in base.items() if _under(key, kept)}
-    check_tensors({**base, **prepared.state_dict()}, tensors)
+    check_tensors({**base, **prepared.state_dict(model)}, tensors)
     return prepared
 
 
@@ -188,11 +188,12 @@ def _check_whole(model: nn.Module) -> None:
     entire = whole(model)
     broken = [chain for chain in chains(model) if chain not in known]
     broken += [c for c, container in known.items() if not isinstance(container, fx.GraphModule) and c not in entire]
+    broken += displaced(model)
     if broken:
         raise CheckpointError(
             f"a checkpoint says how to regulate the network again, and of {broken[0].name} a block, or the module that "
-            "runs its blocks, was replaced or removed since; store model.state_dict(), or make that change before "
-            "regulate(model)"
+            "runs its blocks, was replaced, moved or removed since; store model.state_dict(), or make that change "
+            "before regulate(model)"
         )
 
 

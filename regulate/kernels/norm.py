@@ -75,7 +75,8 @@ def _beside(x: Tensor, unfused: Tensor | None) -> bool:
 
 def move(norm: nn.BatchNorm2d, stats: Tensor) -> None:
     """Move the running statistics of a norm in training towards those of a batch, (3, C) as `_NormReLU` has them."""
-    if norm.training and norm.running_mean is not None and norm.running_var is not None:
+    tracked = norm.training and norm.track_running_stats  # which users switch off for a while, the buffers stay
+    if tracked and norm.running_mean is not None and norm.running_var is not None:
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
         # As torch has it: None is the cumulative average.

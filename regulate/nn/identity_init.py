@@ -168,8 +168,9 @@ def _representable(variance: Tensor, eps: float) -> Tensor:
 
 
 def takes_moments(fusion: Fusion) -> bool:
-    """Check whether a fusion starts from moments of the map: in the paper's form, with batch norm."""
-    return not fusion.skip and isinstance(fusion.mix_norm, BatchNorm)
+    """Check whether a fusion starts from moments of the map: in the paper's form, with running statistics."""
+    norm = fusion.mix_norm
+    return not fusion.skip and isinstance(norm, BatchNorm) and norm.running_mean is not None
 
 
 def is_settled(fusion: Fusion) -> bool:

@@ -38,6 +38,7 @@ class Chain:
     def __init__(self, name: str, length: int) -> None:
         self.name, self.length = name, length
         self.looked_at = False  # by `idle.warn_if_idle`
+        self.ran = False  # outside of compiled code
         self.off = Spans()  # uses of `disabled`, see `disable.py`
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -77,6 +78,7 @@ class Memory:
         tracked: whether that block ran with gradients enabled.
         repeated: whether it ran a second time, in a backward pass. Such a memory is for second runs alone.
         out: what that block put out, as `held` made it.
+        came: likewise of the block before it.
     """
 
     chain: Chain
@@ -86,6 +88,7 @@ class Memory:
     tracked: bool
     repeated: bool = False
     out: TensorWeakRef | None = None
+    came: TensorWeakRef | None = None
 
 
 class Scope:
@@ -124,26 +127,32 @@ class Frame:
         self.hooks = self.read_hooks = None if torch.compiler.is_compiling() else saving_hooks()
 
 
-class _Stack(threading.local):
-    """What runs on this thread: the innermost call, and memories of blocks that are called by hand."""
+class Stack:
+    """What runs on a thread: the innermost call, and memories of blocks that are called by hand."""
 
     def __init__(self) -> None:
-        # In each thread anew. On the instance, not the class: torch.compile guards where an attribute lies.
         self.top: Scope | Frame | None = None
         self.memories: tuple[Memory, ...] = ()
 
 
-STACK = _Stack()
+class _Threads(threading.local):
+    """Holds a stack for each thread: what compiled code sets on a `threading.local` itself, torch.compile forgets."""
+
+    def __init__(self) -> None:
+        self.stack = Stack()
 
 
-def scope_of(chain: Chain) -> Scope | _Stack:
+THREADS = _Threads()
+
+
+def scope_of(chain: Chain) -> Scope | Stack:
     """Return the innermost running container of a chain; without one, the thread's loose memories."""
-    at = STACK.top
+    at = THREADS.stack.top
     while at is not None:
         if isinstance(at, Scope) and any(one is chain for one in at.chains):
             return at
         at = at.outer
-    return STACK
+    return THREADS.stack
 
 
 def held(out: Any) -> TensorWeakRef | None:
@@ -181,21 +190,23 @@ def memory_for(chain: Chain, args: Any, repeated: bool) -> Memory | None:
 def replace(chain: Chain, old: Memory | None, new: Memory | None) -> None:
     """Put a memory in another one's place; None forgets it, and None as the old one begins a pass.
 
-    With that, passes that nobody can go on with are forgotten: those that ended, and those whose output is gone.
+    With that, passes that nobody can go on with are forgotten: those that ended, and without a container, which ends
+    them all, or in a backward pass, those whose output is gone.
     """
     scope = scope_of(chain)
     going = [one for one in scope.memories if one is not old and one.index < one.chain.length]
-    kept = [one for one in going if one.chain is not chain or _lives(one)]
+    kept = [one for one in going if one.chain is not chain or _stays(one, scope)]
     assign(scope, "memories", tuple(kept) if new is None else (*kept, new))
 
 
-def _lives(memory: Memory) -> bool:
-    return memory.out is not None and memory.out() is not None
+def _stays(memory: Memory, scope: Scope | Stack) -> bool:
+    lives = memory.out is not None and memory.out() is not None
+    return lives or (isinstance(scope, Scope) and not memory.repeated)
 
 
 def frame_of(place: Place) -> Frame | None:
     """Return the running call of a block, None if it does not run."""
-    at = STACK.top
+    at = THREADS.stack.top
     while at is not None:
         if at.place is not None and at.place is place:
             return at  # type: ignore[return-value]

@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import nn
 
+from .._compat.autograd import function_transforms_are_active
 from ..nn.identity_init import is_idle
 from .carrier import Chain
 
@@ -25,7 +26,8 @@ def warn_if_idle(fusion: nn.Module, chain: Chain) -> None:
     weight = getattr(getattr(fusion, "mix", None), "_parameters", {}).get("weight")
     if weight is None or weight.requires_grad or chain.looked_at:
         return
-    if not (fusion.training and torch.is_grad_enabled()):
+    # A batch of weights, as vmap makes it, cannot be asked.
+    if not (fusion.training and torch.is_grad_enabled()) or function_transforms_are_active():
         return
     chain.looked_at = True
     if is_idle(fusion):

@@ -83,7 +83,8 @@ def frame_again(place: Place, writes: bool, x: Any) -> Frame | None:
     Raises:
         BlockCallError: the first run had no gradients, as in reentrant checkpointing.
     """
-    if not is_repeated() or is_off(place.chain):
+    # A block that never ran: the module is a copy outside of its network.
+    if not is_repeated() or not place.chain.ran or is_off(place.chain):
         return None
     kept = _kept_for(place)
     if (writes and (kept is None or in_checkpoint_function())) or (in_checkpoint_function() and _is_made_within(x)):

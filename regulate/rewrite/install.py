@@ -18,7 +18,7 @@ from ..schema.plan import Plan, Stage
 from ..schema.text import first_line
 from ..utils.classes import Part, become, core, is_plain, subclass
 from ..utils.locks import one_at_a_time
-from ..utils.paths import is_inside, relative
+from ..utils.paths import is_inside, join, relative
 from .carrier import Chain, Place
 from .graph import install_in_graph, uninstall_from_graph
 from .lookup import PLACE, RECORD, Point, Record, chains, containers, regulated_blocks, renamed, whole
@@ -39,11 +39,13 @@ class Prepared:
     plan: Plan
     fusions: dict[str, Fusion]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the new tensors, under the names that they will have."""
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the new tensors, under all names that they will have in the network that this was prepared for."""
         state: dict[str, Tensor] = {}
-        for block, fusion in self.fusions.items():
-            fusion.state_dict(destination=state, prefix=f"{block}.regulator.")
+        fusions = {model.get_submodule(block): fusion for block, fusion in self.fusions.items()}
+        for path, module in model.named_modules(remove_duplicate=False):
+            if module in fusions:
+                fusions[module].state_dict(destination=state, prefix=f"{join(path, 'regulator')}.")
         return state
 
     def install(self, model: nn.Module) -> None:

@@ -90,6 +90,14 @@ def regulators(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield join(path, "regulator"), module.get_submodule("regulator")
 
 
+def regulator_keys(model: nn.Module) -> set[str]:
+    """Return the keys of the regulators' tensors in the model's state dict, which a wrapper may have shortened."""
+    roots = tuple(f"{path}." for path, _ in regulators(model))
+    held = {id(tensor) for _, module in regulators(model) for tensor in (*module.parameters(), *module.buffers())}
+    state = model.state_dict(keep_vars=True)
+    return {key for key, value in state.items() if id(value) in held or key.startswith(roots)}
+
+
 def is_regulated(model: nn.Module) -> bool:
     """Check whether the model carries regulators.
 
@@ -119,6 +127,27 @@ def whole(model: nn.Module) -> set[Chain]:
     for _, place in regulated_blocks(model):
         at.setdefault(place.chain, set()).add(place.index)
     return {chain for chain, indices in at.items() if len(indices) == chain.length}
+
+
+def displaced(model: nn.Module) -> list[Chain]:
+    """Return the chains of blocks that lie elsewhere than when they were regulated: their tensors have other names."""
+    names: dict[int, list[str]] = {}
+    for key, value in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(value), []).append(key)
+    was = {
+        (chain, index): join(join(path, block.name), "regulator.")
+        for path, _, record in containers(model)
+        for chain, stage in zip(record.chains, record.stages, strict=True)
+        for index, block in enumerate(stage.blocks)
+    }
+    moved = []
+    for path, place in regulated_blocks(model):
+        regulator, name = model.get_submodule(path)._modules.get("regulator"), was.get((place.chain, place.index), "")
+        own = () if regulator is None else regulator.parameters()
+        keys = [key for tensor in own for key in names.get(id(tensor), ())]
+        if keys and not any(key.startswith(name) for key in keys):
+            moved.append(place.chain)
+    return moved
 
 
 def check_blocks_are_called(model: nn.Module) -> None:

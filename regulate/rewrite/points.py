@@ -65,7 +65,8 @@ def check_points(block: nn.Module, place: Place) -> None:
                 f"block {place.index} of {place.chain.name} reads and writes its memory at {path}, which is gone; "
                 "call unregulate(model) before modules of a regulated block are removed"
             )
-        if not any(point.place is place for point in module.__dict__.get(POINTS, ())):
+        # Its class, too: users exchange it, or copy what is in `__dict__`.
+        if not isinstance(module, Pointed) or not any(p.place is place for p in module.__dict__.get(POINTS, ())):
             _adopt(module, place, path)
 
 

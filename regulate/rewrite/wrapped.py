@@ -16,13 +16,14 @@ from .._compat.operators import tree_leaves
 from ..errors import BlockCallError
 from ..nn.hiding import HidesRegulator
 from ..utils.classes import Forward, Part, leave
-from ..utils.paths import module_at
 from .carrier import (
-    STACK,
+    THREADS,
+    Chain,
     Frame,
     Memory,
     Place,
     Scope,
+    first_tensor,
     held,
     memory_for,
     replace,
@@ -52,13 +53,20 @@ def _before(place: Place, args: Any) -> Memory | None:
     if place.index == 0:
         return None
     found = memory_for(place.chain, args, is_repeated()) or _begun(place)
-    backwards = found is not None and found.index >= place.index and not isinstance(scope_of(place.chain), Scope)
-    if found is None or backwards:
+    if found is None or (found.index >= place.index and not _may_repeat(place, found, args)):
         raise BlockCallError(_reentrant(place) if is_repeated() else _out_of_order(place, found))
     if torch.is_grad_enabled() and not found.tracked and _needs_gradient(args):
         raise BlockCallError(_reentrant(place))
     note(place, found, args)
     return found
+
+
+def _may_repeat(place: Place, last: Memory, args: Any) -> bool:
+    """Check whether a container's own code calls a block behind a later one. A hook's call is beside the pass."""
+    entering = first_tensor(args)
+    left, came = (None if out is None else out() for out in (last.out, last.came))
+    is_beside = entering is not None and entering is not left and (left is not None or entering is came)
+    return isinstance(scope_of(place.chain), Scope) and not is_beside
 
 
 def _begun(place: Place) -> Memory | None:
@@ -69,16 +77,19 @@ def _begun(place: Place) -> Memory | None:
     scope = scope_of(place.chain)
     if not isinstance(scope, Scope):
         return None
-    stages = zip(vars(scope.owner)[RECORD].stages, scope.chains, strict=True)
-    name = next(stage.blocks[0].name for stage, of in stages if of is place.chain)
-    first = module_at(scope.owner, name)
+    first = next((module for module in scope.owner.modules() if _is_first(module, place.chain)), None)
     cell = None if first is None else getattr(first._modules.get("regulator"), "cell", None)
     if first is None or cell is None:
         raise BlockCallError(
-            f"the first block of {place.chain.name}, {name}, holds the cell of the whole stage, and was exchanged or "
-            "removed; call unregulate(model) before blocks are exchanged, and regulate(model) after it"
+            f"the first block of {place.chain.name} holds the cell of the whole stage, and was exchanged or removed; "
+            "call unregulate(model) before blocks are exchanged, and regulate(model) after it"
         )
     return None if _is_sharded(first) else Memory(place.chain, cell, None, -1, True, is_repeated())
+
+
+def _is_first(module: nn.Module, chain: Chain) -> bool:
+    place: Place | None = module.__dict__.get(PLACE)
+    return place is not None and place.chain is chain and place.index == 0
 
 
 def _lasting(cell: Any, block: nn.Module) -> Any:
@@ -106,7 +117,8 @@ def _out_of_order(place: Place, last: Memory | None) -> str:
     ran = "no block before it has run" if last is None else f"the last one to run was block {last.index}"
     return (
         f"block {place.index} of {place.chain.name} needs the memory of the blocks before it, and {ran} in this pass; "
-        "call the stage that holds it, or its blocks in order, or unregulate(model) first"
+        "call the stage that holds it, or its blocks in order (in a hook, inside `with disabled(model)`), or "
+        "unregulate(model) first"
     )
 
 
@@ -130,24 +142,27 @@ class Block(HidesRegulator):
         regulator = _regulator(self, place)
         if place.index == 0:
             warn_if_idle(regulator, place.chain)
+        if not torch.compiler.is_compiling():
+            place.chain.ran = True
         repeated = noted(place, (args, kwargs))
         if (repeated or place.index == 0) and is_repeated():
             # What second runs of later blocks left would hold their maps while this one makes its own.
             replace(place.chain, None, None)
         before = None if repeated else _before(place, (args, kwargs))
         entering = repeated or before or Memory(place.chain, _lasting(regulator.cell, self), None, -1, True)
-        outer = STACK.top
+        outer = THREADS.stack.top
         frame = Frame(outer, place, regulator, entering.cell, entering.state)
         after: Memory | None = None
         try:
-            assign(STACK, "top", frame)
+            assign(THREADS.stack, "top", frame)
             out = forward(self, *args, **kwargs)
             # Behind the last block the memory is gone.
             if place.index + 1 < place.chain.length:
                 repeats, tracked = is_repeated(), torch.is_grad_enabled()
-                after = Memory(place.chain, entering.cell, frame.state, place.index, tracked, repeats, held(out))
+                links = held(out), entering.out
+                after = Memory(place.chain, entering.cell, frame.state, place.index, tracked, repeats, *links)
         finally:
-            assign(STACK, "top", outer)
+            assign(THREADS.stack, "top", outer)
             replace(place.chain, before, after)
         if after is not None and after.repeated:
             forget_after_backward(after)
@@ -162,12 +177,12 @@ class Container(Part):
         record = self.__dict__.get(RECORD)
         if record is None:  # a slice of a Sequential, made anew from its class
             return forward(self, *args, **kwargs)
-        outer = STACK.top
+        outer = THREADS.stack.top
         try:
-            assign(STACK, "top", Scope(outer, self, record.chains))
+            assign(THREADS.stack, "top", Scope(outer, self, record.chains))
             return forward(self, *args, **kwargs)
         finally:
-            assign(STACK, "top", outer)
+            assign(THREADS.stack, "top", outer)
 
 
 def release(module: nn.Module, attribute: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._compat.compiler import as_written
 from ..errors import CalibrationError
 from ..nn.identity_init import is_settled, settle, takes_moments
 from ..nn.regulator import Fusion
@@ -73,8 +74,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Any]]) -> nn
     }
     if not fusions:
         raise CalibrationError(
-            "calibrate sets the statistics of fusions with a batch norm, and this model has none; its fusions add to "
-            "the map and need no statistics"
+            "calibrate sets the running statistics of fusions' batch norms, and this model has none; its fusions need "
+            "no statistics"
         )
     if any(fusion.mix.weight.is_meta for fusion in fusions.values()):
         raise CalibrationError(
@@ -105,7 +106,7 @@ def _measured(
         raise TypeError("calibrate takes an iterable of batches, got one tensor; pass a list, [images]")
     moments = {block: _Moments() for block in fusions}
     device = next(model.parameters()).device
-    with in_mode(model, training=False), torch.no_grad(), ExitStack() as hooks:
+    with in_mode(model, training=False), torch.no_grad(), as_written(), ExitStack() as hooks:
         for block, fusion in fusions.items():
             hooks.enter_context(fusion.register_forward_pre_hook(moments[block]))
         for index, batch in enumerate(batches):

@@ -26,11 +26,12 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextmanager
 def private_rng(seed: int | None, salt: int) -> Iterator[None]:
-    """Seed the CPU generator for the body and put it back. `None` takes `torch.initial_seed()`."""
+    """Seed the CPU generator for the body and put it back; a seed of `None` is `torch.initial_seed()`."""
     base = torch.initial_seed() if seed is None else seed
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would seed the GPU generators as well.
-        torch.default_generator.manual_seed((base + salt) % 2**63)
+        # Not torch.manual_seed, which would seed the GPU generators as well. The factor is odd and large: neighbouring
+        # seeds and salts have no state in common.
+        torch.default_generator.manual_seed((base + salt * 0x9E3779B1) % 2**63)
         yield
 
 

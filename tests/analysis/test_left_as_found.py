@@ -13,6 +13,7 @@ from regulate.models.by_name import load_model
 from regulate.models.cifar import cifar_resnet
 
 from ..helpers import network
+from ..processes import python
 
 
 @pytest.mark.parametrize("call", [plan, regulate, lambda m: regulate(m, inplace=True)])
@@ -149,3 +150,39 @@ def test_additions_in_place_stay_in_place(name):
         counts.append((ran[torch.ops.aten.add_.Tensor], ran.get(torch.ops.aten.add.Tensor, 0)))
     # In torch's operators, which are seen here, each of the 8 fusions adds what its ReLU would cut: a map of its own.
     assert counts == [(8, 0), (8, 8)]
+
+
+def test_seeds_and_stages_share_no_numbers():
+    """As trials with seeds 0, 1, 2 would, if a stage's seed were the sum of the trial's and its own number."""
+    cells = [
+        [block.regulator.cell.gates.mix.flatten() for block in (model.layer1[0], model.layer2[0])]
+        for model in (regulate(cifar_resnet(14), seed=seed, init="random") for seed in range(3))
+    ]
+    drawn = [set(cell[:100].tolist()) for pair in cells for cell in pair]
+    assert len(set.union(*drawn)) == sum(map(len, drawn))
+
+
+COMPILER = """
+import sys, torch
+from regulate import plan
+from regulate.models import cifar_resnet
+
+assert "torch._dynamo" not in sys.modules
+model = cifar_resnet(14)
+
+class Asking(type(model)):
+    def forward(self, x):
+        return super().forward(x) if not torch._dynamo.is_compiling() else x
+
+model.__class__ = Asking
+plan(model)
+ask = torch.compile(lambda x: x + 1 if isinstance(x, torch.Tensor) else x, fullgraph=True, backend="eager")
+print(ask(torch.ones(1)))
+"""
+
+
+@pytest.mark.slow
+def test_a_plan_leaves_the_compiler_whole():
+    """Code that is traced may be the first to import it, and it keeps Python's built-in functions by identity."""
+    done = python(COMPILER)
+    assert done.stdout == "tensor([2.])\n", done.stderr

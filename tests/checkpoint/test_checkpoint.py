@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from regulate import (
     CheckpointError,
@@ -18,6 +19,7 @@ from regulate import (
     unregulate,
 )
 from regulate.models.by_name import load_model
+from regulate.models.cifar import CifarBlock
 
 from ..helpers import network, stir, stirred
 from .states import same
@@ -49,6 +51,39 @@ def test_regulators_alone_are_exactly_the_new_tensors(tmp_path):
     stored, new = load_file(tmp_path / "a"), regulator_state_dict(model)
     assert stored.keys() == new.keys()
     assert all(torch.equal(stored[key], new[key]) for key in new)
+
+
+@pytest.mark.parametrize("only", [False, True])
+def test_blocks_under_the_checkpoint_wrapper_of_torch(only, tmp_path):
+    """Which takes its own name out of the keys of the state dict."""
+    plain = network("cifar/14")
+    model = stirred(plain)
+    before = regulator_state_dict(model)
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, CifarBlock))
+    assert regulator_state_dict(model).keys() == before.keys()
+    save(model, tmp_path / "a", regulator_only=only)
+    assert same(load(plain, tmp_path / "a"), model)
+
+
+class TwoNames(nn.Module):
+    """As U-Nets name the stages of their backbone."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = network("cifar/14")
+        self.first = self.base.layer1
+
+    def forward(self, x):
+        return self.base(x)
+
+
+@pytest.mark.parametrize("only", [False, True])
+def test_stages_with_two_names(only, tmp_path):
+    plain = TwoNames().eval()
+    model = stirred(plain)
+    save(model, tmp_path / "a", regulator_only=only)
+    assert same(load(plain, tmp_path / "a"), model)
+    assert regulator_state_dict(model).keys() == {key for key in model.state_dict() if ".regulator." in key}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

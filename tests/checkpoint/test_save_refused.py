@@ -90,7 +90,22 @@ def with_another_block(model):
     model.layer1[1] = load_model("cifar/14").layer1[1]
 
 
-@pytest.mark.parametrize("change", [without_container, without_any_container, without_a_block, with_another_block])
+def swapped(model):
+    model.layer1[0], model.layer1[1] = model.layer1[1], model.layer1[0]
+
+
+def wrapped(model):
+    model.layer1[1] = nn.Sequential(model.layer1[1])
+
+
+def inserted(model):
+    model.layer1.insert(0, nn.Identity())
+
+
+CHANGES = [without_container, without_any_container, without_a_block, with_another_block, swapped, wrapped, inserted]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_stage_that_was_taken_apart_is_not_stored(change, tmp_path):
     """The file could not say how the network is regulated again."""
     model = regulate(load_model("cifar/14"))

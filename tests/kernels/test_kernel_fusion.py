@@ -55,6 +55,18 @@ def test_norm_and_relu_in_training(options, layout):
             assert torch.allclose(a.double(), b.double(), atol=1e-5), key
 
 
+def test_statistics_that_are_not_tracked_for_a_while_stay():
+    """As semi-supervised training switches them off for the pass of a perturbed batch."""
+    ours = norm(4)
+    before = [buffer.clone() for buffer in ours.buffers()]
+    ours.track_running_stats = False
+    assert type(ours(images((2, 4, 3, 3), LAYOUTS[0])).grad_fn).__name__ == "_NormReLUBackward"
+    assert all(map(torch.equal, ours.buffers(), before))
+    ours.track_running_stats = True
+    ours(images((2, 4, 3, 3), LAYOUTS[0]))
+    assert not any(map(torch.equal, ours.buffers(), before))
+
+
 @pytest.mark.parametrize("negative", [False, True], ids=["rectified", "negative"])
 @pytest.mark.parametrize("other", LAYOUTS, ids=["beside nchw", "beside last"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "last"])

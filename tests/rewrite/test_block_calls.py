@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 
-from regulate import BlockCallError, regulate
-from regulate.rewrite.carrier import STACK
+from regulate import BlockCallError, disabled, regulate
+from regulate.rewrite.carrier import THREADS
 
-from ..helpers import network, small_block, stirred
+from ..helpers import network, small, small_block, stirred
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +22,7 @@ Y = torch.randn(2, 64, 16, 16)
 @pytest.fixture(autouse=True)
 def _nothing_loose():
     """Of passes by hand that other tests gave up."""
-    STACK.memories = ()
+    THREADS.stack.memories = ()
 
 
 @pytest.mark.use("torch", "a forward hook on a block: its one input, its output")
@@ -94,7 +96,7 @@ def test_blocks_called_in_order_are_the_stage():
         for one in model.layer1:
             by_hand = one(by_hand)
         assert torch.equal(by_hand, model.layer1(z))
-    assert STACK.memories == ()
+    assert THREADS.stack.memories == ()
 
 
 def test_a_stage_that_is_cut_trains_what_is_behind_the_cut():
@@ -122,7 +124,7 @@ def test_passes_by_hand_that_take_turns_do_not_meet():
         assert torch.equal(stage[2](stage[1](first)), expected[0])
         del second  # given up
         assert torch.equal(stage[2](stage[1](stage[0](inputs[2])) * 1), expected[2])
-    assert STACK.memories == ()
+    assert THREADS.stack.memories == ()
 
 
 def test_where_it_cannot_be_told_whose_turn_it_is_a_pass_is_refused():
@@ -138,6 +140,8 @@ def test_where_it_cannot_be_told_whose_turn_it_is_a_pass_is_refused():
 class Both(nn.Module):
     """Blocks run on a pair where there is one, in turns."""
 
+    between = staticmethod(lambda x: x)
+
     def __init__(self):
         super().__init__()
         self.stem, self.blocks = nn.Conv2d(3, 8, 1), nn.ModuleList(small_block() for _ in range(3))
@@ -145,7 +149,7 @@ class Both(nn.Module):
     def forward(self, x, y=None):
         maps = [self.stem(one) for one in (x, y) if one is not None]
         for block in self.blocks:
-            maps = [block(one) for one in maps]
+            maps = [self.between(block(one)) for one in maps]
         return maps if y is not None else maps[0]
 
 
@@ -154,6 +158,47 @@ def test_a_container_that_runs_two_passes_in_turns_keeps_them_apart():
     x, y = torch.randn(2, 2, 3, 8, 8)
     with torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(model(x, y), (model(x), model(y)), strict=True))
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_passes_in_turns_that_cannot_be_told_apart_raise(with_gradients):
+    """What a block put out is gone when the next one is called, and so is what told whose memory it is."""
+    model = stirred(Both())
+    model.between = lambda x: 0.9 * x
+    x, y = torch.randn(2, 2, 3, 8, 8)
+    with torch.set_grad_enabled(with_gradients):
+        expected = model(x)
+        with pytest.raises(BlockCallError, match=r"2 passes through .* take turns here"):
+            model(x, y)
+        assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("add", [0, 1])
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_that_calls_its_block_again_does_not_change_the_pass(register, add, index):
+    model = stirred(small(small_block(), small_block(), small_block()))
+    seen, busy, x = [], [], torch.randn(2, 3, 8, 8)
+
+    def again(block, args, *out):
+        if not busy:
+            busy.append(1)
+            with disabled(model) if off else nullcontext():
+                block(args[0] + add if add else args[0])  # whose output nobody keeps
+                seen.append(args)
+            busy.clear()
+
+    with torch.no_grad():
+        expected = model(x)
+        getattr(model[1][index], register)(again)
+        off = True
+        assert torch.equal(model(x), expected) and len(seen) == 1
+        off = False
+        if index:
+            with pytest.raises(BlockCallError, match=r"in a hook, inside `with disabled\(model\)`"):
+                model(x)
+        else:  # which begins a pass of its own
+            assert torch.equal(model(x), expected)
 
 
 @pytest.mark.parametrize("index", [1, -1])
@@ -190,6 +235,6 @@ def test_a_pass_that_fails_leaves_nothing_behind():
         for one in model.layer1:
             one(Y)
     handle.remove()
-    assert (STACK.top, STACK.memories) == (None, ())
+    assert (THREADS.stack.top, THREADS.stack.memories) == (None, ())
     with pytest.raises(BlockCallError):
         model.layer1[1](Y)

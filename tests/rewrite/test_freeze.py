@@ -116,6 +116,22 @@ def test_copies_of_a_frozen_network_are_let_go_on_their_own():
     assert model.train().bn1.training is False
 
 
+@pytest.mark.parametrize("put_on", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_spectral_norms_do_not_iterate(put_on):
+    model = cifar_resnet(14)
+    for module in list(model.modules()):
+        if isinstance(module, nn.Conv2d):
+            put_on(module)
+    freeze_backbone(regulate(model, input_size=16, inplace=True)).train()
+    before = {key: value.clone() for key, value in model.state_dict().items() if ".regulator." not in key}
+    model(torch.randn(2, 3, 16, 16)), model(torch.randn(2, 3, 16, 16))
+    after = model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    freeze_backbone(model, frozen=False)
+    model(torch.randn(2, 3, 16, 16))
+    assert not all(torch.equal(model.state_dict()[key], value) for key, value in before.items() if key.endswith("_u"))
+
+
 def test_a_network_without_regulators_is_refused_and_left_alone():
     model = cifar_resnet(14)
     before = state_of(model)
@@ -172,3 +188,15 @@ def test_a_pickle_of_before_the_move_finds_what_keeps_a_norm_in_eval_mode():
     sys.modules.pop("regulate.training.freezing", None)
     with pytest.warns(DeprecationWarning, match=r"regulate\.rewrite\.freezing"):
         assert pickle.loads(named.replace(b"regulate.rewrite", b"regulate.training")) is keeps
+
+
+def test_an_ensemble_trains_under_vmap():
+    """A batch of weights, which says of itself that it needs no gradients, cannot be asked what it holds."""
+    models = [torch.func.replace_all_batch_norm_modules_(regulate(cifar_resnet(14), seed=seed)) for seed in (0, 1)]
+    parameters, buffers = torch.func.stack_module_state(models)
+    x = torch.randn(2, 3, 16, 16)
+    found = torch.vmap(lambda *state: torch.func.functional_call(models[0], state, (x,)), randomness="different")(
+        parameters, buffers
+    )
+    for one, model in zip(found, models, strict=True):
+        assert torch.allclose(one, model(x), atol=1e-4)

@@ -7,11 +7,12 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from regulate import BlockCallError, NoBlocksError, disabled, is_regulated, regulate, unregulate
 from regulate.models.cifar import CifarBlock
 
-from ..helpers import network, small, stir, stirred
+from ..helpers import network, small, small_block, stir, stirred
 
 pytestmark = pytest.mark.slow
 
@@ -122,6 +123,42 @@ class ScaledBlock(nn.Module):
 def test_a_convolution_whose_map_is_not_its_first_argument_is_left_alone(keywords):
     with pytest.raises(NoBlocksError, match="not called with its map first"):
         regulate(small(ScaledBlock(keywords), ScaledBlock(keywords)))
+
+
+class Other(nn.Conv2d):
+    pass
+
+
+def of_another_class(block):
+    block.conv2.__class__ = Other
+
+
+def with_the_same_attributes(block):
+    twin = Other.__new__(Other)
+    twin.__dict__ = dict(block.conv2.__dict__)
+    block.conv2 = twin
+
+
+@pytest.mark.parametrize("exchange", [of_another_class, with_the_same_attributes])
+def test_a_point_that_lost_its_class_gets_it_again(exchange):
+    model, x = stirred(small()), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = model(x)
+        exchange(model[1][1])
+        assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("name", ["conv1", "conv2"])
+def test_a_copied_point_is_a_plain_module_under_checkpointing(name):
+    model = regulate(small(small_block(), small_block())).train()
+    twin = copy.deepcopy(getattr(model[1][1], name))
+    checkpoint(twin, torch.randn(2, 8, 4, 4, requires_grad=True), use_reentrant=False).sum().backward()
+    setattr(model[1][1], name, twin)
+    x = torch.randn(2, 8, 4, 4, requires_grad=True)
+    for block in model[1]:
+        x = checkpoint(block, x, use_reentrant=False)
+    x.square().sum().backward()
+    assert twin.weight.grad.abs().sum() > 0
 
 
 def test_a_point_that_is_called_with_something_else_later_is_an_error():

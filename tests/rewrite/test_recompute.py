@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from regulate import BlockCallError, regulate
 from regulate.models.cifar import CifarBlock
 from regulate.rewrite import recompute
-from regulate.rewrite.carrier import STACK
+from regulate.rewrite.carrier import THREADS
 from regulate.rewrite.lookup import chains
 
 from ..helpers import network, stir
@@ -106,7 +106,7 @@ def test_gradients_are_equal_in_float64_with_dropout_and_batch_statistics(way, c
     with set_checkpoint_early_stop(early_stop):
         found = gradients(model, WAYS[way])
     assert_equal(found, expected)
-    assert all(memory.state is None for memory in STACK.memories if memory.chain in chains(model))
+    assert all(memory.state is None for memory in THREADS.stack.memories if memory.chain in chains(model))
 
 
 def test_a_containers_own_flag():

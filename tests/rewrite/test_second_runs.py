@@ -17,7 +17,7 @@ from regulate import (
 from regulate._compat import autograd
 from regulate.kernels import aten
 from regulate.kernels.cpu import native
-from regulate.rewrite.carrier import STACK
+from regulate.rewrite.carrier import THREADS
 
 from ..helpers import network, stirred
 
@@ -94,7 +94,7 @@ def test_checkpointing_by_block_gives_equal_gradients_and_leaves_nothing(form, e
         found = gradients(stage, by_block(stage))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert all(memory.state is None for memory in STACK.memories)
+    assert all(memory.state is None for memory in THREADS.stack.memories)
     with pytest.raises(BlockCallError):
         stage[1](Y)
 
