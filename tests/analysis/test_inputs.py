@@ -69,12 +69,16 @@ def works(model, *args, regulated=None, **kwargs):
     model.eval(), regulated.eval()
     expected = model(*args, **kwargs)
     out = regulated(*args, **kwargs)
-    pairs = zip(expected, out, strict=True) if isinstance(out, tuple) else [(expected, out)]
-    same = all(torch.equal(a, b) for a, b in pairs)
+    same = equal(expected, out)
     (out[0] if isinstance(out, tuple) else out).square().mean().backward()
     gradients = [p.grad for name, p in regulated.named_parameters() if name.endswith("regulator.mix.weight")]
-    again = unregulate(regulated)(*args, **kwargs)
-    return same and all(g is not None and g.any() for g in gradients) and len(gradients) == 6 and again is not None
+    alive = len(gradients) == 6 and all(g is not None and g.any() for g in gradients)
+    return same and alive and equal(expected, unregulate(regulated)(*args, **kwargs))
+
+
+def equal(a, b):
+    pairs = zip(a, b, strict=True) if isinstance(a, tuple) else [(a, b)]
+    return all(torch.equal(*pair) for pair in pairs)
 
 
 def test_the_first_input_is_never_fixed_at_its_default():
@@ -152,11 +156,11 @@ def test_convolutions_that_are_no_modules():
 
 
 def test_a_batch_that_is_a_dict():
+    model, example = Named(), ({"image": X},)
     with pytest.raises(NoBlocksError, match="give input_size= or example_inputs="):
-        plan(Named())
-    example = ({"image": X},)
-    assert works(Named(), {"image": X}, regulated=regulate(Named(), example_inputs=example)) is not None
-    assert plan(Named(), example_inputs=example).input_size == (3, 32, 32)
+        plan(model)
+    assert works(model, {"image": X}, regulated=regulate(model, example_inputs=example))
+    assert plan(model, example_inputs=example).input_size == (3, 32, 32)
 
 
 def test_parts_of_what_cannot_be_traced_are_measured_on_what_they_get():
@@ -216,10 +220,11 @@ class Small(nn.Module):
 
 
 def test_a_network_for_small_images_needs_no_more_than_its_size():
+    model = Small()
     with pytest.raises(NoBlocksError, match=r"does not run on an image of 3x224x224: .*; give input_size= or example"):
-        regulate(Small())
-    assert works(Small(), X, regulated=regulate(Small(), input_size=32)) is not None
-    assert plan(Small(), input_size=32).input_size == plan(Small(), example_inputs=X).input_size == (3, 32, 32)
+        regulate(model)
+    assert works(model, X, regulated=regulate(model, input_size=32))
+    assert plan(model, input_size=32).input_size == plan(model, example_inputs=X).input_size == (3, 32, 32)
 
 
 class Config:

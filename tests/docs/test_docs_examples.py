@@ -63,7 +63,9 @@ def test_links_between_documents_lead_somewhere():
 
 
 def test_tests_named_in_the_paper_page_exist():
-    for name in re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", (ROOT / "docs" / "paper.md").read_text()):
+    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", (ROOT / "docs" / "paper.md").read_text())
+    assert named
+    for name in named:
         (path,) = (ROOT / "tests").rglob(name[0])
         text = path.read_text()
         assert not name[1] or f"def {name[1]}(" in text
