@@ -221,11 +221,20 @@ def test_states_of_another_shape_are_for_torch_to_judge(fast):
     assert not fast
 
 
-def test_under_autocast_on_the_cpu(fast):
+@pytest.mark.parametrize("form", ["auto", "native", "aten"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_on_the_cpu(fast, form, dtype):
+    cell, x = ConvLSTMCell(4), X.to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        h, _ = ConvLSTMCell(4)(X.bfloat16())
-    assert h.dtype == torch.bfloat16
-    assert not fast
+        with kernels.use("reference"):
+            expected, _ = cell(x)
+        with kernels.use(form):
+            h, _ = cell(x)
+            assert not fast
+            with torch.autocast("cpu", enabled=False):
+                exact, _ = cell(X)
+    assert h.dtype == dtype and torch.equal(h, expected)
+    assert len(fast) == 1 and not torch.equal(exact, h.float())
 
 
 def test_function_transforms_and_forward_mode(fast):
