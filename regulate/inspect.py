@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._compat.compiler import as_written
 from .nn.cells import GateConv, gate_names
 from .nn.regulator import Fusion
 from .rewrite.disable import disabled, is_off
-from .rewrite.guard import check_regulated, regulators, unwrapped
+from .rewrite.guard import as_written, check_regulated, regulators, unwrapped
 from .rewrite.lookup import chains, check_blocks_are_called, regulated_blocks
 from .utils.modes import in_mode
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -53,6 +54,11 @@ def constant_while_compiling(function: Function) -> Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def import_compiler() -> None:
+    """Import what torch imports itself on the compiler's first use, timm and torchvision when they are imported."""
+    import_module("torch._dynamo")
 
 
 @contextmanager

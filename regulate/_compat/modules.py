@@ -42,6 +42,12 @@ class NoParameter:
     _is_param = _is_buffer = False
 
 
+def moves_in_training(module: nn.Module) -> bool:
+    """Check whether a pass in train mode changes a module's buffers: a norm's statistics, a spectral norm's vectors."""
+    held = [name for name, buffer in module._buffers.items() if buffer is not None]
+    return any(name == "running_mean" or name.endswith("_u") for name in held)
+
+
 def is_watched(module: nn.Module) -> bool:
     """Check whether hooks of a module's own see what it puts out. Without the symbols: yes."""
     return any(getattr(module, name, True) for name in _HOOKS_ON_OUTPUT)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .._compat.compiler import import_compiler
 from .._compat.modules import NoParameter
 
 # What an assignment to changes a tensor; anything else is a mark of the user's on it.
@@ -78,9 +79,7 @@ def symbols_are_tensors() -> Iterator[None]:
     Only where Python code asks. A symbol whose `__class__` says so would be unpacked as a tensor by torch's C code,
     where it stands for a size, and that kills the process.
     """
-    # The compiler, if the traced code were to import it, would keep the replacement as the built-in function.
-    import torch._dynamo
-
+    import_compiler()  # which the traced code may import: it would take the replacement for the built-in function
     original, converted = builtins.isinstance, torch.as_tensor
 
     def asked(value: Any, kind: Any) -> bool:

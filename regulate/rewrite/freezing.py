@@ -6,6 +6,7 @@ from functools import partial
 
 from torch import nn
 
+from .._compat.modules import moves_in_training
 from ..rewrite.guard import check_regulated, regulators
 
 # On each module that owns frozen parameters: their names. On each frozen norm, as before: its mode, its parent's mode,
@@ -76,18 +77,11 @@ def _freeze(model: nn.Module) -> None:
         for name in names:
             module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
     for norm, parent in _with_parents(model):
-        if id(norm) not in new and _moves(norm) and _MODES not in vars(norm):
+        if id(norm) not in new and moves_in_training(norm) and _MODES not in vars(norm):
             vars(norm)[_MODES] = (norm.training, parent.training, vars(norm).get("train"))
             norm.eval()
             # On the instance, so that the type stays; a partial, so that copies are bound to the copied norm.
             vars(norm)["train"] = partial(_stay, norm)
-
-
-def _moves(module: nn.Module) -> bool:
-    """Check whether a pass in train mode changes a module's buffers: a norm's, or the vectors of a spectral norm."""
-    return any(
-        name == "running_mean" or name.endswith("_u") for name, held in module._buffers.items() if held is not None
-    )
 
 
 def _with_parents(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:

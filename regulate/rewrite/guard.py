@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._compat.compiler import compiled
+from .._compat.compiler import as_written, compiled
 from ..errors import AlreadyRegulatedError, UnsupportedModelError
 from .lookup import check_regulated, is_regulated, regulators
 
-__all__ = ["check_model", "check_regulated", "is_regulated", "regulators", "unwrapped"]
+__all__ = ["as_written", "check_model", "check_regulated", "is_regulated", "regulators", "unwrapped"]
 
 # What FSDP and FSDP2 make of a module, by class name: to import torch.distributed.fsdp would take seconds.
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")

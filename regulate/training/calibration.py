@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._compat.compiler import as_written
 from ..errors import CalibrationError
 from ..nn.identity_init import is_settled, settle, takes_moments
 from ..nn.regulator import Fusion
 from ..rewrite.disable import is_off
-from ..rewrite.guard import check_regulated, regulators
+from ..rewrite.guard import as_written, check_regulated, regulators
 from ..rewrite.lookup import chains
 from ..utils.modes import in_mode
 from ..utils.rollback import all_or_nothing

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from regulate import BlockCallError, NoBlocksError, calibrate, regulate, unregulate
+from regulate import BlockCallError, NoBlocksError, calibrate, disabled, regulate, unregulate
 from regulate.testing import perturb
 
-from ..helpers import Block
+from ..helpers import Block, stir
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 
@@ -112,6 +112,14 @@ def test_a_stage_without_its_first_block_says_so(edit):
         regulated(X)
     with pytest.raises(BlockCallError, match="first block of stage 1"):
         calibrate(regulated, [X])
+
+
+def test_a_later_block_may_run_before_the_one_that_holds_the_cell():
+    model = stir(regulate(network())).eval()
+    model[1][0], model[1][1] = model[1][1], model[1][0]
+    found = model(X)
+    with disabled(model):
+        assert not torch.allclose(model(X), found, atol=1e-2)
 
 
 EDITS = {
