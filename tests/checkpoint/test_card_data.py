@@ -35,3 +35,13 @@ def test_the_data_of_a_card_come_back(name, cards):
     usual, saved, again = (card.get(name) for card in cards)
     assert saved == DATA[name] != usual
     assert (tuple(again) if isinstance(saved, tuple) else again) == saved
+
+
+def test_a_card_that_stays_is_told_of_where_it_lacks_the_metrics(tmp_path):
+    model = regulate(create_model("resnet18"))
+    save_pretrained(model, tmp_path, metrics={"top-1": 1.0})
+    card = (tmp_path / "README.md").read_text()
+    with pytest.warns(UserWarning, match=r"README\.md is there and stays as it is, without these metrics"):
+        save_pretrained(model, tmp_path, metrics={"top-1": 99.0})
+    save_pretrained(model, tmp_path)
+    assert (tmp_path / "README.md").read_text() == card and "1.0" in card
