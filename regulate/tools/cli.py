@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from .. import Plan, RegulateError, RegulatorConfig, is_regulated, plan, regulate
-from ..analysis.inputs import sizes
 from ..checkpoint.archive import replaced
 from ..config import CELL_GATES, CHOICES
 from ..testing import verify
@@ -136,20 +135,20 @@ def _square(args: argparse.Namespace) -> int | None:
     return size[0] and int(size[0])
 
 
-def _planned(args: argparse.Namespace) -> tuple[nn.Module, RegulatorConfig, Plan]:
-    model, config = backbone_and_options(_opened(args), _config(args))
+def _planned(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, RegulatorConfig, Plan]:
+    backbone, config = backbone_and_options(model, _config(args))
     with working(f"planning {args.model}"):
-        return model, config, plan(model, config=config, input_size=_size(args))
+        return backbone, config, plan(backbone, config=config, input_size=_size(args))
 
 
 def _plan(args: argparse.Namespace) -> None:
-    *_, found = _planned(args)
+    *_, found = _planned(_opened(args), args)
     print(json.dumps(found.to_dict()) if args.json else found)
 
 
 def _verify(args: argparse.Namespace) -> int:
     torch.manual_seed(0)
-    model, config, found = _planned(args)
+    model, config, found = _planned(_opened(args), args)
     is_trained = args.pretrained or args.weights is not None or Path(args.model).is_dir()
     with working(f"verifying {args.model}: outputs, then gradients of three training steps"):
         verdict = verify(model, config, found.input_size, shake=not is_trained)
@@ -178,11 +177,14 @@ def _inspect(args: argparse.Namespace) -> None:
     from .figures import draw
     from .images import pictures
 
-    size = _square(args)
+    _square(args)
     model = _opened(args)
-    model = model if is_regulated(model) else regulate(model, config=_config(args))
-    size = size or sizes(model)[0].on(2)[0]
-    images, labels = pictures(args.images, args.count, size, getattr(model, "pretrained_cfg", None))
+    _, config, found = _planned(model, args)
+    channels, size, *rest = found.input_size
+    if len(rest) != 1:
+        raise ValueError(f"inspect draws images; {args.model} takes video of shape {found.input_size}")
+    model = model if is_regulated(model) else regulate(model, config=config, input_size=found.input_size)
+    images, labels = pictures(args.images, args.count, size, getattr(model, "pretrained_cfg", None), channels)
     with working(f"drawing {args.model}"):
         paths = draw(model, images, args.out, None if labels is None else [(images, labels)])
     print("\n".join(map(str, paths)))
