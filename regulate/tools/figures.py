@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def draw(
         model: a regulated model; left as found.
         images: (N, C, H, W), on the model's device; the maps are those of the first one.
         folder: made if it is not there.
-        batches: images and labels for the accuracies, Fig. 1 (b).
+        batches: images and labels for the accuracies, Fig. 1 (b); a network that ends without an `nn.Linear` that
+            takes a block's output gets a warning instead.
 
     Returns:
         The files: each figure as PNG, and beside it as SVG.
@@ -49,7 +51,10 @@ def draw(
     figures["memory"] = _memory(steps)
     figures["gates"] = _gates(steps)
     if batches is not None:
-        figures["accuracy"] = _accuracy(model, list(batches))
+        try:
+            figures["accuracy"] = _accuracy(model, list(batches))
+        except ValueError as error:
+            warnings.warn(f"there is no figure of the blocks' accuracy: {error}", stacklevel=2)
     return [path for name, figure in figures.items() for path in _saved(figure, folder / name)]
 
 
