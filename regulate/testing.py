@@ -107,15 +107,15 @@ def example_inputs(model: nn.Module, size: Sequence[int], batch: int = 2, seed: 
         seed: of a private generator.
     """
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(batch, *size, generator=generator)
+    images = torch.randn(batch, *size, generator=generator).to(next(model.parameters()))
     if not type(model).__module__.startswith("torchvision.models.detection"):
-        return (images.to(next(model.parameters())),)
+        return (images,)
     height, width = size[-2:]
     box = torch.tensor([[0.1 * width, 0.1 * height, 0.8 * width, 0.7 * height]])
     target: dict[str, Tensor] = {"boxes": box, "labels": torch.ones(1, dtype=torch.int64)}
     target["masks"] = torch.ones(1, height, width, dtype=torch.uint8)
     target["keypoints"] = torch.tensor([[[0.3 * width, 0.3 * height, 1.0]] * 17])
-    return list(images.sigmoid()), [target] * batch
+    return list(images.sigmoid()), [{name: value.to(images.device) for name, value in target.items()}] * batch
 
 
 def distance(a: Any, b: Any) -> float:

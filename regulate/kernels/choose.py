@@ -19,8 +19,6 @@ from .spans import Spans, repeated_node
 CHOICES = ("auto", "native", "triton", "aten", "reference")
 
 _DEFAULT = os.environ.get("REGULATE_KERNELS", "auto")
-if _DEFAULT not in CHOICES:
-    raise ValueError(f"REGULATE_KERNELS must be one of {', '.join(CHOICES)}; it is {_DEFAULT!r}")
 
 
 class _Use:
@@ -48,15 +46,21 @@ def setting() -> str:
     return _asked_at_first(number) if (number := repeated_node()) else _asked()
 
 
+def _default() -> str:
+    if _DEFAULT not in CHOICES:  # not at import, where no command could say it in a line
+        raise ValueError(f"REGULATE_KERNELS must be one of {', '.join(CHOICES)}; it is {_DEFAULT!r}")
+    return _DEFAULT
+
+
 def _asked() -> str:
     uses = _uses.get()
-    return uses[-1].choice if uses else _DEFAULT
+    return uses[-1].choice if uses else _default()
 
 
 def _asked_at_first(number: int) -> str:
     """Return what was asked for when a node was made whose backward runs a block again, or here by a user's hook."""
     uses = [use for use in _uses.get() if use.in_backward] or _spans.around(number)
-    return uses[-1].choice if uses else _DEFAULT
+    return uses[-1].choice if uses else _default()
 
 
 @contextmanager

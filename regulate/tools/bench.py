@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.benchmark import timer
 
 from .. import RegulatorConfig, kernels, plan, regulate
-from ..testing import loss_of
+from ..testing import example_inputs, loss_of
 from . import progress
 from .machine import machine, resident_peak
 from .open_model import backbone_and_options, open_model
@@ -83,13 +83,13 @@ def measure(setting: Setting) -> dict[str, Any]:
     networks: dict[str, RegulatorConfig | None] = {PLAIN: None, REGULATED: config}
     if setting.stages:
         networks |= {stage.name: replace(config, stages=(stage.name,)) for stage in drawn.stages}
-    size = drawn.input_size[-1]
+    size = drawn.input_size
     steps = {name: step(setting, one, size) for name, one in networks.items()}
     seconds = {name: statistics.median(own) for name, own in in_turn(steps, setting.rounds).items()}
     with progress.working("measuring memory, in processes of their own"):
         peaks = {name: peak_bytes(setting, networks[name], size) for name in (PLAIN, REGULATED)}
     return {
-        "setting": {**asdict(setting), "config": config.to_dict(), "size": size},
+        "setting": {**asdict(setting), "config": config.to_dict(), "size": size[-1], "input": list(size)},
         "machine": machine(setting.device),
         "seconds": seconds,
         "throughput": {name: setting.batch / value for name, value in seconds.items()},
@@ -100,13 +100,13 @@ def measure(setting: Setting) -> dict[str, Any]:
     }
 
 
-def step(setting: Setting, config: RegulatorConfig | None, size: int) -> Callable[[], None]:
-    """One step of a fresh network on random images; `config` None is the plain one."""
+def step(setting: Setting, config: RegulatorConfig | None, size: int | Sequence[int]) -> Callable[[], None]:
+    """One step of a fresh network on random images, see `step_of`; `config` None is the plain one."""
     torch.manual_seed(0)
     model = setting.network()
     _wake(model)
     if config is not None:
-        regulate(model, config=config, inplace=True)
+        regulate(model, config=config, input_size=size, inplace=True)
     if setting.checkpointing:
         switch = getattr(model, "set_grad_checkpointing", None)
         if switch is None:
@@ -123,24 +123,28 @@ def _wake(model: nn.Module) -> None:
                 parameter.fill_(0.5)
 
 
-def step_of(model: nn.Module, setting: Setting, size: int) -> Callable[[], None]:
-    """One step of a network on random images, (N, C, size, size)."""
+def step_of(model: nn.Module, setting: Setting, size: int | Sequence[int]) -> Callable[[], None]:
+    """One step of a network on random images of H = W = size or of a shape such as (C, H, W), see `example_inputs`."""
     form = torch.channels_last if setting.channels_last else torch.contiguous_format
     model = model.train(setting.train).to(setting.device).to(memory_format=form)  # type: ignore[call-overload]
-    channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
-    images = torch.randn(setting.batch, channels, size, size, device=setting.device).to(memory_format=form)
+    if isinstance(size, int):
+        channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+        size = (channels, size, size)
+    inputs = example_inputs(model, size, setting.batch)
+    if len(inputs) == 1:
+        inputs = (inputs[0].to(memory_format=form),)
     run = torch.compile(model) if setting.compile else model
     mixed: Any = torch.autocast(setting.device, torch.bfloat16) if setting.amp else nullcontext()
     optimizer = torch.optim.SGD(model.parameters(), 1e-6, 0.9)
 
     def inference() -> None:
         with torch.no_grad(), mixed:
-            run(images)
+            run(*inputs)
 
     def training() -> None:
         optimizer.zero_grad()
         with mixed:
-            loss = loss_of(run(images))
+            loss = loss_of(run(*inputs))
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
@@ -161,7 +165,7 @@ def in_turn(steps: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, l
     return found
 
 
-def peak_bytes(setting: Setting, config: RegulatorConfig | None, size: int) -> int | None:
+def peak_bytes(setting: Setting, config: RegulatorConfig | None, size: int | Sequence[int]) -> int | None:
     """Return the most memory that building the network and two steps take, weights included.
 
     On a GPU what torch allocates; on the CPU the resident set of a process of its own, less what it was
@@ -186,7 +190,9 @@ def _twice(run: Callable[[], None]) -> None:
     run()
 
 
-def _resident_peak(setting: Setting, config: RegulatorConfig | None, size: int, threads: int, form: str) -> int:
+def _resident_peak(
+    setting: Setting, config: RegulatorConfig | None, size: int | Sequence[int], threads: int, form: str
+) -> int:
     torch.set_num_threads(threads)
     setting.network()  # imports what there is to import
     with kernels.use(form):
@@ -199,7 +205,7 @@ def report(found: Mapping[str, Any]) -> str:
     config = setting["config"]
     lines = [
         f"{setting['model']}, {config['cell']} {config['kernel']}, {'train step' if setting['train'] else 'eval'}, "
-        f"batch {setting['batch']}, {setting['size']}x{setting['size']}, "
+        f"batch {setting['batch']}, {'x'.join(map(str, setting['input'][1:]))}, "
         f"{'bfloat16 autocast' if setting['amp'] else 'float32'}, "
         f"{'channels last' if setting['channels_last'] else 'NCHW'}, {'compiled' if setting['compile'] else 'eager'}"
         f"{', gradient checkpointing' if setting['checkpointing'] else ''}",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import Plan, RegulateError, RegulatorConfig, is_regulated, plan, regulate
+from .. import Plan, RegulateError, RegulatorConfig, is_regulated, kernels, plan, regulate
 from ..checkpoint.archive import replaced
 from ..config import CELL_GATES, CHOICES
 from ..testing import verify
@@ -61,7 +61,7 @@ def _add_on_network(commands: Any, name: str, run: Command, text: str) -> argpar
     network.add_argument("--num-classes", type=int, metavar="N", help="width of the classifier; else the library's")
     network.add_argument("--in-chans", type=int, metavar="N", help="channels of the image; else 3")
     size = "height and width in pixels, or one number for both; video: three"
-    network.add_argument("--input-size", "--size", type=int, nargs="+", metavar="N", help=size)
+    network.add_argument("--input-size", "--size", type=_positive, nargs="+", metavar="N", help=size)
     options = sub.add_argument_group("the regulators", "a network that has some keeps its own options")
     options.add_argument("--cell", default="lstm", choices=tuple(CELL_GATES))
     for option, allowed in CHOICES.items():
@@ -75,7 +75,7 @@ def _add_inspect(commands: Any) -> None:
     text = "draw a regulated model's maps, gates, hidden states and similarities for a folder of images"
     sub = _add_on_network(commands, "inspect", _inspect, text)
     sub.add_argument("--images", required=True, help="a folder of images, or one with a folder for each class")
-    sub.add_argument("--count", type=int, default=16, help="images to take")
+    sub.add_argument("--count", type=_positive, default=16, help="images to take")
     sub.add_argument("--out", default="runs/inspect", help="folder of the figures")
 
 
@@ -83,13 +83,13 @@ def _add_bench(commands: Any) -> None:
     text = "time and memory of a network, plain and regulated in turn"
     sub = _add_on_network(commands, "bench", _bench, text)
     sub.add_argument("--train", action="store_true", help="a training step instead of inference")
-    sub.add_argument("--batch", type=int, default=8)
+    sub.add_argument("--batch", type=_positive, default=8)
     sub.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     sub.add_argument("--amp", action="store_true", help="autocast to bfloat16")
     sub.add_argument("--channels-last", action="store_true")
     sub.add_argument("--compile", action="store_true", help="both with torch.compile")
     sub.add_argument("--checkpointing", action="store_true", help="both with gradient checkpointing")
-    sub.add_argument("--rounds", type=int, default=10, help="measured steps of each")
+    sub.add_argument("--rounds", type=_positive, default=10, help="measured steps of each")
     sub.add_argument("--by-stage", action="store_true", help="also with one stage regulated at a time")
     sub.add_argument("--json", action="store_true", help="JSON instead of text")
     sub.add_argument("--out", metavar="FILE", help="also write the figures there, as JSON")
@@ -100,6 +100,12 @@ def _add_timm(commands: Any) -> None:
     sub = commands.add_parser("timm", help=text, description=text)
     sub.add_argument("script", type=_script, help="its path")
     sub.add_argument("arguments", nargs=argparse.REMAINDER, help="for the script: --model regulated_resnet50 ...")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of 1 or more, got {text!r}")
+    return int(text)
 
 
 def _script(path: str) -> str:
@@ -222,10 +228,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_script(args.script, args.arguments)  # whose errors are its own
         return 0
     try:
+        kernels.setting()  # a wrong one is an error of every command
         return int(args.run(args) or 0)
     except ModuleNotFoundError as error:
         message = f"this needs {error.name}, which is not installed; pip install {error.name}"
-    except (RegulateError, ValueError, TypeError, RuntimeError, OSError) as error:
+    except (RegulateError, ValueError, TypeError, RuntimeError, OSError, AssertionError) as error:
+        if isinstance(error, AssertionError) and not str(error):
+            raise  # not torch's, which has a text, but a fault of ours
         message = " ".join(str(error).split())
     erase()  # what a measurement that failed had shown
     print(f"regulate: {message}", file=sys.stderr)

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize, prune
 
 from regulate import ConvGRUCell, ConvLSTMCell, kernels, regulate
 from regulate._compat import compiler
-from regulate.kernels import aten, op
+from regulate.kernels import aten, choose, op
 from regulate.kernels.cpu import native
 from regulate.nn.layers import BatchNormReLU2d
 
@@ -285,8 +285,16 @@ def test_compiled_networks_call_the_operator():
 def test_the_environment_variable():
     done = python("import regulate; print(regulate.kernels.setting())", REGULATE_KERNELS="aten")
     assert done.stdout == "aten\n"
-    done = python("import regulate", REGULATE_KERNELS="quick")
-    assert "REGULATE_KERNELS must be one of auto, native, triton, aten, reference; it is 'quick'" in done.stderr
+    command = "import sys; sys.argv[1:] = ['doctor']; import regulate.__main__"
+    done = python(command, REGULATE_KERNELS="quick")
+    said = "REGULATE_KERNELS must be one of auto, native, triton, aten, reference; it is 'quick'"
+    assert (done.returncode, done.stderr) == (2, f"regulate: {said}\n")
+
+
+def test_a_step_does_not_take_a_wrong_environment_variable(monkeypatch):
+    monkeypatch.setattr(choose, "_DEFAULT", "quick")
+    with pytest.raises(ValueError, match="REGULATE_KERNELS must be one of auto"):
+        ConvLSTMCell(4)(X)
 
 
 def test_to_import_it_does_not_import_the_compiler():
