@@ -40,7 +40,8 @@ def load_model(
     if name.startswith("cifar/"):
         if pretrained or not name[6:].isdigit():
             raise ModelNameError(f"the paper's networks are cifar/20 and so on, without weights; got {name!r}")
-        return cifar_resnet(int(name[6:]), num_classes=num_classes or 10, in_channels=in_chans or 3)
+        classes, channels = 10 if num_classes is None else num_classes, 3 if in_chans is None else in_chans
+        return cifar_resnet(int(name[6:]), num_classes=classes, in_channels=channels)
     wanted = {"num_classes": num_classes, "in_chans": in_chans}
     return _from_timm(name, pretrained, {key: value for key, value in wanted.items() if value is not None})
 
@@ -49,6 +50,11 @@ def _from_timm(name: str, pretrained: bool, sizes: dict[str, Any]) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
+        if name.startswith("regulated_"):
+            plain = name.removeprefix("regulated_")
+            raise ModelNameError(
+                f"commands regulate what they are given; name {plain}, with --cell and so on, not {name}"
+            )
         raise ModelNameError(_unknown(name, timm.list_models(), "timm"))
     model: nn.Module = timm.create_model(name, pretrained=pretrained, **sizes)
     return model

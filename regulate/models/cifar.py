@@ -83,7 +83,7 @@ class CifarResNet(nn.Module):
 
     Args:
         blocks: n, blocks per stage.
-        num_classes: of the classifier.
+        num_classes: of the classifier; 0 is without one.
         in_channels: of the image.
         shortcut: see `CifarBlock`.
         reduction: see `CifarBlock`.
@@ -103,8 +103,9 @@ class CifarResNet(nn.Module):
             others = [CifarBlock(channels, channels, 1, shortcut, reduction) for _ in range(blocks - 1)]
             self.add_module(f"layer{index + 1}", nn.Sequential(first, *others))
             inputs = channels
-        self.fc = nn.Linear(inputs, num_classes)
+        self.fc = nn.Linear(inputs, num_classes) if num_classes else nn.Identity()
         self.stages = len(widths)
+        self.input_size = (in_channels, 32, 32)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -130,7 +131,7 @@ def cifar_resnet(
 
     Args:
         depth: 6n + 2: 20, 32, 44, 56, 110 and so on.
-        num_classes: of the classifier.
+        num_classes: of the classifier; 0 is without one.
         in_channels: of the image.
         shortcut: `"B"`, 1x1 convolutions where the shape changes (ResNet-20: 272,474 parameters), or
             `"A"`, zero padding (269,722).
@@ -138,7 +139,7 @@ def cifar_resnet(
         width: channels of the first stage; the second has twice, the third four times as many.
 
     Raises:
-        ValueError: the depth is not 6n + 2, or the shortcut is unknown.
+        ValueError: the depth is not 6n + 2, the shortcut is unknown, or there are no channels.
 
     Examples:
         >>> sum(p.numel() for p in cifar_resnet(20).parameters())
@@ -148,4 +149,6 @@ def cifar_resnet(
         raise ValueError(f"a CIFAR ResNet has depth 6n + 2, got {depth}; try {max(8, depth - (depth - 2) % 6)}")
     if shortcut not in ("A", "B"):
         raise ValueError(f"shortcut must be 'A' or 'B', got {shortcut!r}")
+    if in_channels < 1:
+        raise ValueError(f"an image has 1 channel or more, got in_channels={in_channels}")
     return CifarResNet((depth - 2) // 6, num_classes, in_channels, shortcut, reduction, (width, 2 * width, 4 * width))

@@ -132,7 +132,7 @@ class Numbers(Network):
 
 
 def test_the_next_step_is_one_that_helps():
-    with pytest.raises(NoBlocksError, match=r"on an image of 3x224x224: .*meta.*; its part net can be") as caught:
+    with pytest.raises(NoBlocksError, match=r"on an image of 3x32x32: .*meta.*; its part net can be") as caught:
         regulate(Numbers())
     assert "example_inputs" not in str(caught.value)
     with pytest.raises(NoBlocksError, match=r": model\[1\]\.net = regulate\(model\[1\]\.net\)"):
@@ -209,6 +209,7 @@ class Small(nn.Module):
     def __init__(self, **attributes):
         super().__init__()
         self.net = cifar_resnet(14)
+        del self.net.input_size
         self.fc = nn.Linear(64 * 8 * 8, 10)
         for name, value in attributes.items():
             setattr(self, name, value)
@@ -248,7 +249,7 @@ def test_a_size_of_the_networks_own_is_taken(attributes):
 
 def test_a_size_of_its_own_that_does_not_run_gives_way_to_the_default():
     model = cifar_resnet(14)
-    model.image_size, model.in_size = 0, (7, 7, 7, 7)
+    model.input_size, model.image_size, model.in_size = None, 0, (7, 7, 7, 7)
     assert plan(model).input_size == (3, 224, 224)
 
 
