@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,8 @@ def open_model(
         name: a timm name, `torchvision/NAME`, `cifar/DEPTH`, or a folder that `save_pretrained` wrote.
         pretrained: with the library's pretrained weights.
         weights: a file of `regulate.save`, or a state dict (.safetensors, or anything that
-            `torch.load(weights_only=True)` reads), of the plain or of the regulated network.
+            `torch.load(weights_only=True)` reads), of the plain or of the regulated network; of a checkpoint of
+            timm's `train.py` the average, `state_dict_ema`, where there is one.
         num_classes: width of the classifier; by default the library's.
         in_chans: channels of the image; by default 3.
         config: options of the regulators in `weights`, where the file does not hold them.
@@ -93,11 +96,14 @@ def _state_dict(path: str) -> Mapping[str, Tensor]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        found: Any = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments of timm's train.py
+            found: Any = (
+                load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+            )
     except Exception as error:  # whatever a parser makes of bytes that anyone may have written
         raise CheckpointError(f"{path} holds no weights that can be read: {first_line(error)}") from error
     nested = (found[key] for key in _NESTED if isinstance(found, Mapping) and isinstance(found.get(key), Mapping))
     found = next(nested, found)
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise CheckpointError(f"{path} holds no state dict; store model.state_dict(), or call regulate.save")
-    return {key.removeprefix("module."): value for key, value in found.items()}
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in found.items()}
