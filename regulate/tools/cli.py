@@ -24,6 +24,7 @@ from .script import run_script
 Command = Callable[[argparse.Namespace], int | None]
 
 MODEL = "a timm name, torchvision/NAME, cifar/DEPTH, or a folder of save_pretrained"
+WEIGHTS = "a file of regulate.save, a state dict, or a script's checkpoint (its state_dict_ema before its state_dict)"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,7 +57,7 @@ def _add_on_network(commands: Any, name: str, run: Command, text: str) -> argpar
     sub = _add(commands, name, run, text)
     network = sub.add_argument_group("the network")
     network.add_argument("model", metavar="MODEL", help=MODEL)
-    network.add_argument("--weights", metavar="FILE", help="a file of regulate.save, or a state dict")
+    network.add_argument("--weights", metavar="FILE", help=WEIGHTS)
     network.add_argument("--pretrained", action="store_true", help="with the library's pretrained weights")
     network.add_argument("--num-classes", type=int, metavar="N", help="width of the classifier; else the library's")
     network.add_argument("--in-chans", type=int, metavar="N", help="channels of the image; else 3")
@@ -231,7 +232,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kernels.setting()  # a wrong one is an error of every command
         return int(args.run(args) or 0)
     except ModuleNotFoundError as error:
-        message = f"this needs {error.name}, which is not installed; pip install {error.name}"
+        from .doctor import COMPANIONS, DISTRIBUTION
+
+        extra = "inspect" if args.command == "inspect" else COMPANIONS.get(str(error.name))
+        package = f"'{DISTRIBUTION}[{extra}]'" if extra else error.name
+        message = f"this needs {error.name}, which is not installed; pip install {package}"
     except (RegulateError, ValueError, TypeError, RuntimeError, OSError, AssertionError) as error:
         if isinstance(error, AssertionError) and not str(error):
             raise  # not torch's, which has a text, but a fault of ours

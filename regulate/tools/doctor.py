@@ -15,13 +15,13 @@ from ..kernels.cuda import gpu
 
 DISTRIBUTION = "torch-regulate"
 # What goes with which extra of the distribution.
-_COMPANIONS = {"timm": "timm", "torchvision": "zoo", "matplotlib": "inspect", "huggingface_hub": "hub"}
+COMPANIONS = {"timm": "timm", "torchvision": "zoo", "matplotlib": "inspect", "huggingface_hub": "hub"}
 
 
 def report() -> str:
     """Return the lines. The first call may compile the CPU kernels."""
-    installed = [name for name in _COMPANIONS if _version(name)]
-    missing = [name for name in _COMPANIONS if name not in installed]
+    installed = [name for name in COMPANIONS if _version(name)]
+    missing = [name for name in COMPANIONS if name not in installed]
     lines = [
         f"regulate     {__version__} ({DISTRIBUTION}), in {os.path.dirname(os.path.dirname(__file__))}",
         f"Python       {platform.python_version()}, {platform.system()} {platform.machine()}",
@@ -69,7 +69,7 @@ def _advice(missing: list[str]) -> list[str]:
         advice.append("g++ or clang++, for the native kernels")
     if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
         advice.append("triton, for CUDA")
-    extras = ",".join(sorted({_COMPANIONS[name] for name in missing}))
+    extras = ",".join(sorted({COMPANIONS[name] for name in missing}))
     if extras:
         advice.append(f"pip install '{DISTRIBUTION}[{extras}]', for {', '.join(missing)}")
     return advice

@@ -66,7 +66,7 @@ def test_every_extra_that_it_names_is_there():
         extras = metadata.metadata(doctor.DISTRIBUTION).get_all("Provides-Extra")
     except metadata.PackageNotFoundError:
         pytest.skip("this is not installed under its name")
-    assert set(doctor._COMPANIONS.values()) <= set(extras)
+    assert set(doctor.COMPANIONS.values()) <= set(extras)
 
 
 @pytest.mark.parametrize(("works", "said"), [(True, "yes: CUDA"), (False, "no: its trial failed, see the warning")])
