@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize, prune
 
 from regulate import ConvGRUCell, ConvLSTMCell, kernels, regulate
 from regulate._compat import compiler
-from regulate.kernels import aten, choose, op
+from regulate.kernels import aten, op
 from regulate.kernels.cpu import native
 from regulate.nn.layers import BatchNormReLU2d
 
@@ -280,21 +280,6 @@ def test_compiled_networks_call_the_operator():
     # As inductor has its maps on the CPU; else it would copy them for the operator, and its results back.
     assert step.args[1].kwargs == {"memory_format": torch.channels_last}
     assert step.meta["example_value"][0].is_contiguous(memory_format=torch.channels_last)
-
-
-def test_the_environment_variable():
-    done = python("import regulate; print(regulate.kernels.setting())", REGULATE_KERNELS="aten")
-    assert done.stdout == "aten\n"
-    command = "import sys; sys.argv[1:] = ['doctor']; import regulate.__main__"
-    done = python(command, REGULATE_KERNELS="quick")
-    said = "REGULATE_KERNELS must be one of auto, native, triton, aten, reference; it is 'quick'"
-    assert (done.returncode, done.stderr) == (2, f"regulate: {said}\n")
-
-
-def test_a_step_does_not_take_a_wrong_environment_variable(monkeypatch):
-    monkeypatch.setattr(choose, "_DEFAULT", "quick")
-    with pytest.raises(ValueError, match="REGULATE_KERNELS must be one of auto"):
-        ConvLSTMCell(4)(X)
 
 
 def test_to_import_it_does_not_import_the_compiler():
