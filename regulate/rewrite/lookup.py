@@ -94,7 +94,8 @@ def regulator_keys(model: nn.Module) -> set[str]:
     """Return the keys of the regulators' tensors in the model's state dict, which a wrapper may have shortened."""
     roots = tuple(f"{path}." for path, _ in regulators(model))
     held = {id(tensor) for _, module in regulators(model) for tensor in (*module.parameters(), *module.buffers())}
-    state = model.state_dict(keep_vars=True)
+    # Not the model's own, which may take no arguments.
+    state = nn.Module.state_dict(model, keep_vars=True)
     return {key for key, value in state.items() if id(value) in held or key.startswith(roots)}
 
 
@@ -132,7 +133,7 @@ def whole(model: nn.Module) -> set[Chain]:
 def displaced(model: nn.Module) -> list[Chain]:
     """Return the chains of blocks that lie elsewhere than when they were regulated: their tensors have other names."""
     names: dict[int, list[str]] = {}
-    for key, value in model.state_dict(keep_vars=True).items():
+    for key, value in nn.Module.state_dict(model, keep_vars=True).items():
         names.setdefault(id(value), []).append(key)
     was = {
         (chain, index): join(join(path, block.name), "regulator.")

@@ -19,7 +19,7 @@ from regulate import (
     unregulate,
 )
 from regulate.models.by_name import load_model
-from regulate.models.cifar import CifarBlock
+from regulate.models.cifar import CifarBlock, CifarResNet
 
 from ..helpers import network, stir, stirred
 from .states import same
@@ -84,6 +84,21 @@ def test_stages_with_two_names(only, tmp_path):
     save(model, tmp_path / "a", regulator_only=only)
     assert same(load(plain, tmp_path / "a"), model)
     assert regulator_state_dict(model).keys() == {key for key in model.state_dict() if ".regulator." in key}
+
+
+class OwnStateDict(CifarResNet):
+    def state_dict(self):
+        return dict(super().state_dict())
+
+
+@pytest.mark.parametrize("only", [False, True])
+def test_a_state_dict_of_the_users_own_takes_no_arguments(only, tmp_path):
+    plain = network("cifar/14")
+    plain.__class__ = OwnStateDict
+    model = stirred(plain)
+    save(model, tmp_path / "a", regulator_only=only)
+    assert same(load(plain, tmp_path / "a"), model)
+    assert len(regulator_state_dict(model)) == 75
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
