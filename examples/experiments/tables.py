@@ -115,7 +115,7 @@ def block(experiment: Experiment, results: Path) -> str:
     lines = [f"{there} of {all_} registered runs are in."]
     if runs:
         count = comparisons(runs, experiment.references)
-        lines[0] += f" {count} comparisons; p is not corrected for their number."
+        lines[0] += f" {count} comparison{'s' * (count != 1)}; p is not corrected for their number."
         if experiment.starts:
             lines[0] += f" Interval and p are of the means of seeds with the same start, {experiment.starts} at most."
         lines += [
