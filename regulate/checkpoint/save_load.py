@@ -67,8 +67,8 @@ def save(model: nn.Module, path: File, *, regulator_only: bool = False, also: Se
         "content": "regulator" if regulator_only else "all",
     }
     if regulator_only:
-        kept = regulator_keys(model) | {key for key in state if _under(key, _checked(also, state))}
-        record["also"] = list(also)
+        record["also"] = beside = _checked(also, state)
+        kept = regulator_keys(model) | {key for key in state if _under(key, beside)}
         record["backbone"] = fingerprint({key: value for key, value in state.items() if key not in kept})
         state = {key: value for key, value in state.items() if key in kept}
     elif also:
